@@ -1,0 +1,235 @@
+"""`cosilo-site`: what a person at a site types. Owns the command tree, and where failures become words and exit codes.
+
+Imports no torch, no grpc and nothing slow: each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cosilo_client.terminal import ExitCode, ask, columns, explain, note, refuse, say, say_json
+from cosilo_common.errors import CosiloError
+
+if TYPE_CHECKING:
+    from cosilo_client.config import SiteConfig
+
+CONFIG_VARIABLE = "COSILO_SITE_CONFIG"
+DEFAULT_CONFIG = Path("/etc/cosilo/site.toml")
+INVITATION_BYTES_MAX = 128 * 1024  # as in cosilo_common.identity.invitation, which is slow to import
+
+_HELP = """The daemon of one site, and what a person at the site asks of it.
+
+Exit codes: 0 done, 1 refused or failed, 2 bad usage, 3 cannot reach the coordinator."""
+
+app = typer.Typer(
+    name="cosilo-site",
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        envvar=CONFIG_VARIABLE,
+        help=f"The site's TOML; {DEFAULT_CONFIG} unless given.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object for programs; see docs/cli.md.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            say(f"cosilo-site {version('cosilo-client')}")
+        except PackageNotFoundError:
+            say("cosilo-site, not installed as a package")
+        raise typer.Exit(ExitCode.DONE)
+
+
+@app.callback()
+def cosilo_site(
+    context: typer.Context,
+    config: ConfigOption = None,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)] = False,
+) -> None:
+    context.obj = config
+
+
+@app.command()
+def enrol(
+    context: typer.Context,
+    invitation: Annotated[str, typer.Argument(metavar="FILE|-", help="The invitation; - reads it from standard input.")],
+    config: ConfigOption = None,
+) -> None:
+    """Join a federation: make this site's keys, and ask for its certificate with an invitation."""
+    site = _config(context, config)
+    from cosilo_client.errands import enrol_site
+
+    said = enrol_site(site, sys.stdin.buffer.read(INVITATION_BYTES_MAX + 1) if invitation == "-" else Path(invitation))
+    say(f"enrolled as {said.identity.peer.uri()}")
+    say(f"this site's key: {said.key_fingerprint}")
+    if not said.member:
+        say("not a member yet: read that fingerprint to the admin over a telephone; they then run")
+        say(f"  cosilo site approve {said.identity.membership.name}")
+
+
+@app.command()
+def check(context: typer.Context, config: ConfigOption = None) -> None:
+    """Try everything that a round would need, and say what to do about what fails."""
+    site = _config(context, config)
+    import asyncio
+
+    from cosilo_client.preflight import Outcome, preflight
+
+    say(f"ok       configuration  state {site.state}")
+    findings = asyncio.run(preflight(site))
+    for finding in findings:
+        say(f"{finding.outcome.value:<7}  {finding.what:<13}  {finding.text}")
+        if finding.hint and finding.outcome is not Outcome.OK:
+            say(f"{'':<7}  {'':<13}  {finding.hint}")
+    if any(finding.outcome is Outcome.FAILED for finding in findings):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command()
+def members(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
+    """Who belongs, by the signed members list, with the fingerprints that two people compare over a telephone."""
+    site = _config(context, config)
+    from cosilo_client.errands import newest_members
+    from cosilo_client.standing import members_plain
+
+    identity, newest, problem = newest_members(site)
+    document = members_plain(identity, newest)
+    if json:
+        say_json(document)
+        return
+    if problem:
+        note(f"warning: showing the list that this site saw last: {problem}")
+    say(f"federation {document['federation']}, members list {document['version']}, signed by {document['signer']}")
+    columns(
+        (entry["name"], entry["role"], entry["fingerprint"], "this site" if entry["this_site"] else "") for entry in document["members"]
+    )
+
+
+@app.command()
+def accept(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's digest, or how it begins.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; the words are shown all the same.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Accept a run, after saying what will leave this site, to whom, how often, and what will not."""
+    site = _config(context, config)
+    from cosilo_client.errands import accept_candidate, candidate_run
+    from cosilo_client.joining import explain as explain_run
+
+    identity, candidate = candidate_run(site, run)
+    say(explain_run(candidate, identity.membership.name, site.policy))
+    say()
+    if not yes and not ask("Accept this run for this site?"):
+        refuse("accept run: not accepted; nothing was written")
+        raise typer.Exit(ExitCode.FAILED)
+    accept_candidate(site, identity, candidate)
+    say(f"accepted {candidate.run.hex()}")
+
+
+@app.command()
+def status(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
+    """How this site stands: its identity, whether its daemon runs and is connected, and its runs."""
+    site = _config(context, config)
+    from cosilo_client.standing import standing
+
+    found = standing(site)
+    if json:
+        say_json(found.plain())
+        return
+    columns(
+        [
+            ("site", f"{found.site} of federation {found.federation}"),
+            ("key", found.key_fingerprint),
+            ("certificate", f"until {found.certificate_expires}"),
+            ("coordinator", found.coordinator),
+            ("members list", f"version {found.members_version}"),
+            ("daemon", f"{found.daemon}: {found.connection}"),
+        ]
+    )
+    say()
+    if not found.runs:
+        say("no run accepted")
+    for one in found.runs:
+        where = f"round {one.round} {one.state}, {one.reached}" if one.round else "no round yet"
+        say(f"{one.run[:12]}  {one.name}  {one.aggregation}")
+        say(f"  {where}; {one.rounds_trained} rounds, {one.hours_trained:g} h trained; accepted by {one.accepted_by}")
+        if one.outcome:
+            say(f"  last round: {one.outcome}")
+
+
+@app.command()
+def serve(context: typer.Context, config: ConfigOption = None) -> None:
+    """Run the daemon until SIGTERM."""
+    site = _config(context, config)
+    from cosilo_client.daemon import serve as serve_site
+
+    serve_site(site)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. arguments: those of the process unless given."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines say less than ours, and come in between
+    try:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        code = app(given, prog_name="cosilo-site", standalone_mode=False)
+    except CosiloError as error:
+        explain(error)
+        return ExitCode.UNREACHABLE if _is_unreachable(error) else ExitCode.FAILED
+    except typer.Abort:
+        refuse("interrupted")
+        return ExitCode.FAILED
+    except OSError as error:
+        refuse(f"{error.filename or 'system'}: {error.strerror or error}")
+        return ExitCode.FAILED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a bug: its traceback is what is wanted
+            raise
+        return _bad_usage(error)
+    return code if isinstance(code, int) else ExitCode.DONE
+
+
+def _config(context: typer.Context, given: Path | None) -> SiteConfig:
+    from cosilo_client.config import load_site_config
+
+    return load_site_config(given or context.obj or DEFAULT_CONFIG)
+
+
+def _is_unreachable(error: CosiloError) -> bool:
+    from cosilo_client.coordinator import Unreachable
+
+    return isinstance(error, Unreachable)
+
+
+def _bad_usage(error: Exception) -> int:
+    """What typer says about a command line, in our voice; only the shape of its exception is used."""
+    message = str(error.format_message())  # type: ignore[attr-defined]  # checked by the caller
+    if type(error).__name__ == "NoArgsIsHelpError":
+        note(message)
+        return ExitCode.BAD_USAGE
+    path = getattr(getattr(error, "ctx", None), "command_path", "cosilo-site")
+    refuse(message[:1].lower() + message[1:].rstrip("."), f"see {path} --help")
+    return ExitCode.BAD_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

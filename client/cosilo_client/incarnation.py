@@ -1,0 +1,93 @@
+"""Notices that a site's folder went back in time: a restored backup must not consent or mask again (PROTOCOL R4, R5).
+
+A backup put back holds a ledger that no longer knows its last consents, so the key that signed them may not sign on:
+the site enrols again with a new key. What is checked: a file `incarnation` holds a random token that the ledger also
+holds, both change before each step that must not be repeated, and the ledger remembers the file's change time, which
+the kernel sets and no restore can put back. So this finds a restored database (another token) and a restored or
+copied folder (another change time). It cannot find a snapshot of the whole machine put back: docs say so. Owns that
+one file and that one row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import CheckConstraint, Column, Engine, Integer, LargeBinary, Table, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from cosilo_client.durable import write_durably
+from cosilo_client.ledger import tables
+from cosilo_common.database import reading
+from cosilo_common.errors import CosiloError
+from cosilo_common.secagg.keys import Randomness
+
+TOKEN_BYTES: Final = 16
+
+_incarnation = Table(
+    "incarnation",
+    tables,
+    Column("id", Integer, CheckConstraint("id = 1"), primary_key=True),
+    Column("site_key", LargeBinary(32), nullable=False),
+    Column("token", LargeBinary, nullable=False),
+    Column("coming", LargeBinary, nullable=False),  # written before the file is, so that a crash between is no alarm
+    Column("changed_ns", Integer, nullable=False),
+)
+
+
+class Incarnation:
+    """The link between a ledger, its folder and the site's key."""
+
+    def __init__(self, engine: Engine, path: Path, randomness: Randomness) -> None:
+        self._engine = engine
+        self._path = path
+        self._randomness = randomness
+
+    def claim(self, site_key: bytes, *, vouched: bool = False) -> bool:
+        """Binds the ledger to a key, or checks that this is still the folder the key has signed from.
+
+        site_key: Ed25519 public key, 32 bytes. vouched: a person says that the folder was moved or changed owner and
+        is no backup. Returns whether the key is new to this ledger. Raises CosiloError where the folder is a restored
+        backup or a copy.
+        """
+        with reading(self._engine) as connection:
+            row = connection.execute(select(_incarnation)).one_or_none()
+        if row is None or bytes(row.site_key) != site_key:
+            self._write(site_key)
+            return True
+        if not vouched:
+            self._check(bytes(row.token), bytes(row.coming), row.changed_ns)
+        self._write(site_key)
+        return False
+
+    def advance(self) -> None:
+        """Outdates every backup taken so far; called before each step that must not be repeated. Durable."""
+        with reading(self._engine) as connection:
+            site_key = bytes(connection.execute(select(_incarnation.c.site_key)).scalar_one())
+        self._write(site_key)
+
+    def _check(self, token: bytes, coming: bytes, changed_ns: int) -> None:
+        try:
+            found, found_ns = self._path.read_bytes(), self._path.stat().st_ctime_ns
+        except FileNotFoundError:
+            found, found_ns = b"", 0
+        if found == token and found_ns == changed_ns:
+            return
+        if found == coming and coming != token:
+            return  # killed between writing the file and noting it
+        raise CosiloError(
+            "open journal",
+            f"{self._path.parent} was restored from a backup, copied or re-owned; its key may have signed more",
+            "enrol again with a new key: cosilo-site enrol (see docs/operating for a folder that was only moved)",
+        )
+
+    def _write(self, site_key: bytes) -> None:
+        coming = self._randomness.token_bytes(TOKEN_BYTES)
+        with self._engine.begin() as connection:
+            row = {"id": 1, "site_key": site_key, "token": b"", "coming": coming, "changed_ns": 0}
+            statement = upsert(_incarnation).values(row)
+            connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"site_key": site_key, "coming": coming}))
+        write_durably(self._path, coming)
+        changed_ns = self._path.stat().st_ctime_ns
+        with self._engine.begin() as connection:
+            connection.execute(update(_incarnation).values(token=coming, changed_ns=changed_ns))

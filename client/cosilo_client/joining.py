@@ -1,0 +1,182 @@
+"""How a site comes to join a run: what a run would take from it in plain words, and acceptance, by a person or by policy.
+
+Owns the words a person reads before they say yes. The checks themselves are `acceptance`'s and `policy`'s. Must not
+know gRPC or the terminal: manifests arrive as bytes, answers leave as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from cosilo_client.acceptance import AcceptedBy, accept_run
+from cosilo_client.config import PolicyTable
+from cosilo_client.coordinator import SignedRun
+from cosilo_client.ledger import Ledger
+from cosilo_client.owed import DeclineCode
+from cosilo_client.policy import Refusal, is_listed, refuse_run, refuse_unasked
+from cosilo_common.errors import CosiloError
+from cosilo_common.identity.folder import Identity
+from cosilo_common.identity.keys import fingerprint, public_bytes
+from cosilo_common.manifest import Manifest, verify_manifest
+from cosilo_common.secagg.messages import threshold
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run whose manifest an admin signed. signed: as it travelled; signer: the admin that the signature proves."""
+
+    manifest: Manifest
+    signed: SignedRun
+    signer: str
+
+    @property
+    def run(self) -> bytes:
+        """SHA-256 of the manifest."""
+        return self.manifest.digest()
+
+
+def verify_candidate(identity: Identity, signed: SignedRun) -> Candidate:
+    """Checks a manifest against the admins of the newest members list. Raises CosiloError."""
+    manifest, signer = verify_manifest(signed.manifest, signed.signature, identity.members().admins(), identity.membership.federation)
+    return Candidate(manifest, signed, signer)
+
+
+def accept_as_person(identity: Identity, ledger: Ledger, candidate: Candidate, now: datetime) -> None:
+    """Writes a person's acceptance, and pins the participants' keys for runs that the policy may accept later.
+
+    now: aware, for people. Raises CosiloError where this site is no participant, or an admin's key is one.
+    """
+    _accept(identity, ledger, candidate, AcceptedBy.PERSON, now)
+    for name, key in candidate.manifest.participant_keys().items():
+        ledger.pin(name, key, pinned_at=now.isoformat())
+
+
+class PolicyAcceptance:
+    """Accepts a run without a person where [policy] lists it and every key was pinned before."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        ledger: Ledger,
+        policy: PolicyTable,
+        fetch: Callable[[bytes], Awaitable[SignedRun]],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._identity = identity
+        self._ledger = ledger
+        self._policy = policy
+        self._fetch = fetch
+        self._now = now
+        self._candidates: dict[bytes, Candidate] = {}
+
+    async def __call__(self, run: bytes) -> Refusal | None:
+        """None where the run is accepted now, or why not. Raises what fetching raises."""
+        if self._policy.runs == "accepted":
+            return refuse_unlisted(run)
+        if run not in self._candidates:
+            candidate = verify_candidate(self._identity, await self._fetch(run))
+            if candidate.run != run:
+                raise CosiloError("fetch run", f"{run.hex()[:12]}: another manifest came", "tell the coordinator's admin")
+            if not is_listed(self._policy, run, candidate.manifest.name):
+                return refuse_unlisted(run)
+            self._candidates[run] = candidate  # few: only runs that the policy names
+        candidate = self._candidates[run]
+        refusal = refuse_unasked(self._policy, run, candidate.manifest, self._ledger.pins())
+        if refusal is None:
+            _accept(self._identity, self._ledger, candidate, AcceptedBy.POLICY, self._now())
+        return refusal
+
+
+def refuse_unlisted(run: bytes) -> Refusal:
+    """The refusal of a run that neither a person nor the policy accepted."""
+    return Refusal(DeclineCode.NOT_ACCEPTED, f"nobody has accepted it: run cosilo-site accept {run.hex()[:12]}")
+
+
+def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
+    """What a run would take from this site, in plain words, as `cosilo-site accept` shows it."""
+    manifest = candidate.manifest
+    values = manifest.tensor_table.size
+    upload_mb = values * manifest.encoding.bits / 8 / 1e6
+    training = manifest.training
+    passes = f"{training.local_epochs} passes over" if training.local_epochs > 1 else "one pass over"
+    steps = f", at most {training.max_steps} steps," if training.max_steps else ""
+    architecture = manifest.architecture
+    lines = [
+        f"Run {candidate.run.hex()}",
+        f'  "{manifest.name}", of federation {manifest.federation}, signed by its admin {candidate.signer}',
+        f"  a diffusion model for {architecture.sample_size}x{architecture.sample_size} images with "
+        f"{architecture.in_channels} planes in {architecture.num_classes} classes, {values:,} values",
+        "",
+        "What leaves this site, in each round it takes part in",
+        f"  one upload of {upload_mb:,.1f} MB: how training changed the model's values ({passes} this site's "
+        f"training images{steps} a round), each",
+        f"    change cut off at {manifest.encoding.clip:g}; with it the number of images trained on (at most "
+        f"{manifest.encoding.cap}) and {manifest.loss_words} mean losses",
+        "  how far it is (fetching, training, masking, uploading, in tenths) and how many bytes have moved",
+        f"  at most {manifest.rounds_max} rounds; this site's policy: {_policy_bounds(policy)}",
+        "",
+        "To whom",
+        *_to_whom(manifest),
+        "",
+        "What does not leave this site",
+        "  images, labels, file names, the number of images of any class",
+        "  losses and counts of this site alone; its metrics and its log",
+        *(["  its unmasked update, its keys and its seeds"] if manifest.secure else ["  its keys"]),
+        "",
+        "What this does not protect against",
+        "  what the finished model has memorised, and what a sum of few sites tells: see docs/threat-model.md",
+        "",
+        "Who takes part (compare the fingerprints by telephone; accepting pins these keys)",
+    ]
+    width = max(len(p.name) for p in manifest.participants)
+    for participant in manifest.participants:
+        mine = "  this site" if participant.name == site else ""
+        lines.append(f"  {participant.name:<{width}}  {fingerprint(bytes.fromhex(participant.key))}{mine}")
+    refusal = refuse_run(policy, manifest)
+    if refusal is not None:
+        lines += ["", f"As things stand this site would join no round: {refusal.reason}"]
+    return "\n".join(lines)
+
+
+def _to_whom(manifest: Manifest) -> list[str]:
+    participants = len(manifest.participants)
+    invited = manifest.cohort or participants
+    if not manifest.secure:
+        return [
+            "  the coordinator, which sees THIS SITE'S OWN update, image count and losses: the run's aggregation is",
+            f"  insecure-plain-sum, without masks, among {participants} sites",
+        ]
+    t = threshold(invited, manifest.f)
+    least = max(t, manifest.n_min)
+    chosen = f"{invited} of {participants} sites" if manifest.cohort else f"{participants} sites"
+    return [
+        f"  the coordinator, under masks: of {chosen} a round it can open only the sum, if this site's software is honest",
+        f"  and no more than f = {manifest.f} of the other sites give the coordinator all they know",
+        f"  t = {t} sites must sign before a sum is opened; a sum has at least {least} sites, so {invited - least} of "
+        f"{invited} may drop out of a round",
+        f"  with all {manifest.f} such sites in it, a sum still hides this site among {least - manifest.f} honest ones",
+    ]
+
+
+def _policy_bounds(policy: PolicyTable) -> str:
+    spans = ", ".join(f"{span.start:%H:%M}-{span.end:%H:%M}" for span in policy.hours) or "any hour"
+    return (
+        f"at most {policy.rounds_max} rounds and {policy.hours_max:g} hours of training, at {spans}, "
+        f"with at least {policy.cohort_min} sites" + (f" and f >= {policy.f_min}" if policy.f_min is not None else "")
+    )
+
+
+def _accept(identity: Identity, ledger: Ledger, candidate: Candidate, by: AcceptedBy, now: datetime) -> None:
+    accept_run(
+        ledger,
+        candidate.signed.manifest,
+        candidate.signed.signature,
+        admin_keys=identity.members().admins(),
+        federation=identity.membership.federation,
+        site=identity.membership.name,
+        site_key=public_bytes(identity.signing_key()),
+        accepted_by=by,
+        accepted_at=now.isoformat(),
+    )

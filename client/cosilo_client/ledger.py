@@ -1,0 +1,433 @@
+"""What a site never forgets: runs accepted, keys pinned, rounds begun, consents signed, models uploaded for.
+
+Owns the tables and their order of writing; holds no secret and decides no rule: the site role asks and judges.
+Nothing here is ever deleted, and triggers in the database say so too. Each method is one transaction, on disk when it
+returns (`synchronous=FULL`), so that `cosilo-site accept` may write while the daemon runs. Must not know gRPC, clocks
+or the round's secrets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+from typing import Any, Final
+
+from sqlalchemy import (
+    Boolean,
+    CheckConstraint,
+    Column,
+    Connection,
+    Engine,
+    ForeignKeyConstraint,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Row,
+    String,
+    Table,
+    and_,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.exc import IntegrityError
+
+from cosilo_common.database import reading
+from cosilo_common.errors import CosiloError
+
+SCHEMA_VERSION: Final = 1
+
+tables = MetaData()
+
+_runs = Table(
+    "accepted_runs",
+    tables,
+    Column("run", LargeBinary(32), primary_key=True),
+    Column("manifest", LargeBinary, nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+    Column("accepted_at", String, nullable=False),  # RFC 3339, for people; nothing is decided by it
+    Column("accepted_by", String, nullable=False),  # "person" or "policy"
+)
+_run_keys = Table(
+    "run_participants",
+    tables,
+    Column("run", LargeBinary(32), primary_key=True),
+    Column("name", String(63), primary_key=True),
+    Column("key", LargeBinary(32), nullable=False),
+    ForeignKeyConstraint(["run"], ["accepted_runs.run"]),
+)
+_pins = Table(
+    "pins",
+    tables,
+    Column("name", String(63), primary_key=True),
+    Column("key", LargeBinary(32), nullable=False),
+    Column("pinned_at", String, nullable=False),
+)
+_rounds = Table(
+    "rounds",
+    tables,
+    Column("run", LargeBinary(32), primary_key=True),
+    Column("round", Integer, CheckConstraint("round >= 1"), primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("invited", String, nullable=False),  # names, sorted, one space between
+    Column("base_digest", LargeBinary(32), nullable=False),
+    Column("encoding_digest", LargeBinary(32), nullable=False),
+    Column("state", String, nullable=False),
+    Column("phase", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),  # the highest ever adverted; 0 before the first
+    Column("upload", LargeBinary),  # the signed statement of this attempt's spool
+    Column("outcome", String, nullable=False, server_default=""),
+    ForeignKeyConstraint(["run"], ["accepted_runs.run"]),
+)
+_consents = Table(
+    "consents",
+    tables,
+    Column("run", LargeBinary(32), primary_key=True),
+    Column("round", Integer, primary_key=True),  # one a round, over all attempts (R5)
+    Column("attempt", Integer, nullable=False),
+    Column("survivors", String, nullable=False),
+    Column("survives", Boolean, nullable=False),
+    Column("message", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.round"]),
+)
+_uploads = Table(
+    "model_uploads",
+    tables,
+    Column("base_digest", LargeBinary(32), primary_key=True),
+    Column("run", LargeBinary(32), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("cohort", LargeBinary(32), nullable=False),  # digest of the invited names and their pinned keys
+    ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.round"]),
+)
+_permits = Table(
+    "model_permits",
+    tables,
+    Column("base_digest", LargeBinary(32), primary_key=True),
+    Column("rounds", Integer, CheckConstraint("rounds >= 1"), nullable=False),
+    Column("permitted_at", String, nullable=False),
+)
+
+
+def _refusing(verb: str) -> Callable[..., None]:
+    """Creates, after a table, the trigger that makes SQLite itself refuse to change or delete its rows."""
+
+    def create_trigger(table: Table, connection: Connection, **_options: object) -> None:
+        connection.exec_driver_sql(
+            f"CREATE TRIGGER {table.name}_no_{verb.lower()} BEFORE {verb} ON {table.name} "
+            f"BEGIN SELECT RAISE(ABORT, 'the ledger keeps {table.name}'); END"
+        )
+
+    return create_trigger
+
+
+for _kept, _verbs in (
+    (_runs, ("DELETE", "UPDATE")),
+    (_run_keys, ("DELETE", "UPDATE")),
+    (_rounds, ("DELETE",)),
+    (_consents, ("DELETE", "UPDATE")),
+    (_uploads, ("DELETE", "UPDATE")),
+):
+    for _verb in _verbs:
+        event.listen(_kept, "after_create", _refusing(_verb))
+
+
+class RoundState(StrEnum):
+    """Whether a round still runs, as this site sees it."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    ABANDONED = "abandoned"
+
+
+class Phase(IntEnum):
+    """How far this site came in a round; a restarted daemon continues from here."""
+
+    BEGUN = 0
+    FETCHED = 1
+    TRAINED = 2
+    SPOOLED = 3
+    UPLOADED = 4
+    CONSENTED = 5
+    REVEALED = 6
+
+
+@dataclass(frozen=True)
+class AcceptedRun:
+    """A run a person or the policy accepted. participants: Ed25519 public keys (32 bytes) by name, pinned by that."""
+
+    run: bytes
+    manifest: bytes
+    signature: bytes
+    participants: Mapping[str, bytes]
+    accepted_at: str
+    accepted_by: str
+
+
+@dataclass(frozen=True)
+class RoundEntry:
+    """A round this site began. attempt: the highest adverted, 0 before the first; upload: signed, of its spool."""
+
+    run: bytes
+    round: int
+    kind: str
+    invited: tuple[str, ...]
+    base_digest: bytes
+    encoding_digest: bytes
+    state: RoundState = RoundState.OPEN
+    phase: Phase = Phase.BEGUN
+    attempt: int = 0
+    upload: bytes | None = None
+    outcome: str = ""
+
+
+@dataclass(frozen=True)
+class ConsentEntry:
+    """The one consent of a round: its signed message, byte for byte. survives: whether this site is a survivor."""
+
+    attempt: int
+    survivors: tuple[str, ...]
+    survives: bool
+    message: bytes
+
+
+@dataclass(frozen=True)
+class ModelUpload:
+    """One round in which this site signed an upload trained from a base model (R8). cohort: 32 bytes."""
+
+    run: bytes
+    round: int
+    cohort: bytes
+
+
+class Ledger:
+    """The never-deleted half of a site's state.db."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # Runs and pins
+
+    def accept(
+        self,
+        run: bytes,
+        manifest: bytes,
+        signature: bytes,
+        participants: Mapping[str, bytes],
+        *,
+        accepted_at: str,
+        accepted_by: str,
+    ) -> None:
+        """Accepts a run and pins its participants' keys; again with the same bytes changes nothing.
+
+        Raises CosiloError where the run was accepted with other participants: an acceptance is not rewritten.
+        """
+        with self._engine.begin() as connection:
+            known = self._accepted(connection, run)
+            if known is not None:
+                if known.manifest != manifest or dict(known.participants) != dict(participants):
+                    raise CosiloError("accept run", f"{run.hex()[:12]}: accepted before with other bytes", "create a new run")
+                return
+            connection.execute(
+                insert(_runs).values(run=run, manifest=manifest, signature=signature, accepted_at=accepted_at, accepted_by=accepted_by)
+            )
+            connection.execute(
+                insert(_run_keys),
+                [{"run": run, "name": name, "key": key} for name, key in sorted(participants.items())],
+            )
+
+    def accepted(self, run: bytes) -> AcceptedRun | None:
+        """The acceptance of a run, or None."""
+        with reading(self._engine) as connection:
+            return self._accepted(connection, run)
+
+    def accepted_runs(self) -> tuple[AcceptedRun, ...]:
+        """Every accepted run, oldest first."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(_runs.c.run).order_by(_runs.c.accepted_at, _runs.c.run)).scalars().all()
+            found = (self._accepted(connection, run) for run in rows)
+            return tuple(entry for entry in found if entry is not None)
+
+    def pin(self, name: str, key: bytes, *, pinned_at: str) -> None:
+        """Pins a site's key for automatic acceptance; a person's new pin replaces the old one."""
+        with self._engine.begin() as connection:
+            statement = upsert(_pins).values(name=name, key=key, pinned_at=pinned_at)
+            connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"key": key, "pinned_at": pinned_at}))
+
+    def pins(self) -> Mapping[str, bytes]:
+        """Pinned Ed25519 keys by name."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(_pins.c.name, _pins.c.key)).all()
+            return MappingProxyType({name: bytes(key) for name, key in rows})
+
+    # Rounds
+
+    def last_round(self, run: bytes) -> RoundEntry | None:
+        """The highest round of a run that this site began, or None."""
+        with reading(self._engine) as connection:
+            query = select(_rounds).where(_rounds.c.run == run).order_by(_rounds.c.round.desc()).limit(1)
+            row = connection.execute(query).one_or_none()
+            return None if row is None else _round_entry(row)
+
+    def round(self, run: bytes, round_: int) -> RoundEntry | None:
+        """One round, or None if this site never began it."""
+        with reading(self._engine) as connection:
+            row = connection.execute(select(_rounds).where(_is_round(run, round_))).one_or_none()
+            return None if row is None else _round_entry(row)
+
+    def open_rounds(self) -> tuple[RoundEntry, ...]:
+        """Every round that is neither closed nor abandoned; a restarted daemon continues or abandons them."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(_rounds).where(_rounds.c.state == RoundState.OPEN.value)).all()
+            return tuple(_round_entry(row) for row in rows)
+
+    def begin_round(self, entry: RoundEntry) -> None:
+        """Fixes a round's terms at its first Start (R1); abandons the run's earlier round if it is still open."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(_rounds)
+                .where(and_(_rounds.c.run == entry.run, _rounds.c.state == RoundState.OPEN.value))
+                .values(state=RoundState.ABANDONED.value, outcome=f"round {entry.round} began")
+            )
+            connection.execute(
+                insert(_rounds).values(
+                    run=entry.run,
+                    round=entry.round,
+                    kind=entry.kind,
+                    invited=" ".join(entry.invited),
+                    base_digest=entry.base_digest,
+                    encoding_digest=entry.encoding_digest,
+                    state=RoundState.OPEN.value,
+                    phase=int(Phase.BEGUN),
+                    attempt=0,
+                )
+            )
+
+    def reach(self, run: bytes, round_: int, phase: Phase) -> None:
+        """Records that an open round came at least as far as `phase`; it never goes back here."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(_rounds)
+                .where(and_(_is_round(run, round_), _rounds.c.state == RoundState.OPEN.value, _rounds.c.phase < int(phase)))
+                .values(phase=int(phase))
+            )
+
+    def raise_attempt(self, run: bytes, round_: int, attempt: int) -> None:
+        """Moves to a higher attempt: the earlier one's upload no longer counts, the trained update still does (R4)."""
+        with self._engine.begin() as connection:
+            entry = _round_entry(connection.execute(select(_rounds).where(_is_round(run, round_))).one())
+            if attempt <= entry.attempt:
+                raise CosiloError("raise attempt", f"round {round_}: {attempt} is not above {entry.attempt}")
+            connection.execute(
+                update(_rounds)
+                .where(_is_round(run, round_))
+                .values(attempt=attempt, upload=None, phase=int(min(entry.phase, Phase.TRAINED)))
+            )
+
+    def record_upload(self, entry: RoundEntry, message: bytes, *, cohort: bytes, counted: bool) -> None:
+        """Writes a whole spool's signed statement and, if `counted`, one more round for its base model (R4, R8)."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(_rounds).where(_is_round(entry.run, entry.round)).values(upload=message, phase=int(max(entry.phase, Phase.SPOOLED)))
+            )
+            if counted:
+                row = {"base_digest": entry.base_digest, "run": entry.run, "round": entry.round, "cohort": cohort}
+                connection.execute(upsert(_uploads).values(row).on_conflict_do_nothing())
+
+    def finish_round(self, run: bytes, round_: int, state: RoundState, outcome: str) -> None:
+        """Closes or abandons an open round, once; `outcome` is the reason, for people."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(_rounds)
+                .where(and_(_is_round(run, round_), _rounds.c.state == RoundState.OPEN.value))
+                .values(state=state.value, outcome=outcome)
+            )
+
+    # Consents (R5)
+
+    def record_consent(self, run: bytes, round_: int, consent: ConsentEntry) -> None:
+        """Writes the round's one consent. Raises CosiloError if there is one already."""
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(
+                    insert(_consents).values(
+                        run=run,
+                        round=round_,
+                        attempt=consent.attempt,
+                        survivors=" ".join(consent.survivors),
+                        survives=consent.survives,
+                        message=consent.message,
+                    )
+                )
+                connection.execute(update(_rounds).where(_is_round(run, round_)).values(phase=int(Phase.CONSENTED)))
+        except IntegrityError:
+            raise CosiloError("consent", f"round {round_}: this site has consented already") from None
+
+    def consent(self, run: bytes, round_: int) -> ConsentEntry | None:
+        """The round's one consent, or None."""
+        with reading(self._engine) as connection:
+            query = select(_consents).where(and_(_consents.c.run == run, _consents.c.round == round_))
+            row = connection.execute(query).one_or_none()
+            if row is None:
+                return None
+            return ConsentEntry(row.attempt, tuple(row.survivors.split()), bool(row.survives), bytes(row.message))
+
+    # Rounds for a base model (R8)
+
+    def model_uploads(self, base_digest: bytes) -> tuple[ModelUpload, ...]:
+        """The rounds, across all runs, in which this site signed an upload trained from a base model."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(_uploads).where(_uploads.c.base_digest == base_digest)).all()
+            return tuple(ModelUpload(bytes(row.run), row.round, bytes(row.cohort)) for row in rows)
+
+    def permit_model(self, base_digest: bytes, rounds: int, *, permitted_at: str) -> None:
+        """A person at the site allows `rounds` rounds in all for one base model, with any cohort."""
+        with self._engine.begin() as connection:
+            statement = upsert(_permits).values(base_digest=base_digest, rounds=rounds, permitted_at=permitted_at)
+            connection.execute(
+                statement.on_conflict_do_update(index_elements=["base_digest"], set_={"rounds": rounds, "permitted_at": permitted_at})
+            )
+
+    def permitted_rounds(self, base_digest: bytes) -> int:
+        """What a person allowed for a base model; 0 where nobody was asked."""
+        with reading(self._engine) as connection:
+            query = select(_permits.c.rounds).where(_permits.c.base_digest == base_digest)
+            return connection.execute(query).scalar_one_or_none() or 0
+
+    @staticmethod
+    def _accepted(connection: Connection, run: bytes) -> AcceptedRun | None:
+        row = connection.execute(select(_runs).where(_runs.c.run == run)).one_or_none()
+        if row is None:
+            return None
+        keys = connection.execute(select(_run_keys.c.name, _run_keys.c.key).where(_run_keys.c.run == run)).all()
+        return AcceptedRun(
+            run=bytes(row.run),
+            manifest=bytes(row.manifest),
+            signature=bytes(row.signature),
+            participants=MappingProxyType({name: bytes(key) for name, key in keys}),
+            accepted_at=row.accepted_at,
+            accepted_by=row.accepted_by,
+        )
+
+
+def _is_round(run: bytes, round_: int) -> Any:
+    return and_(_rounds.c.run == run, _rounds.c.round == round_)
+
+
+def _round_entry(row: Row[Any]) -> RoundEntry:
+    return RoundEntry(
+        run=bytes(row.run),
+        round=row.round,
+        kind=row.kind,
+        invited=tuple(row.invited.split()),
+        base_digest=bytes(row.base_digest),
+        encoding_digest=bytes(row.encoding_digest),
+        state=RoundState(row.state),
+        phase=Phase(row.phase),
+        attempt=row.attempt,
+        upload=None if row.upload is None else bytes(row.upload),
+        outcome=row.outcome,
+    )

@@ -1,0 +1,94 @@
+"""What an accepted manifest and an Assignment's Start fix for the site's role (docs/protocol.md, Phase 0).
+
+Owns the bounds that a Start must keep; whether this site has seen the round or the model before, its role asks the
+ledger. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from cosilo_common.encoding import Encoding
+from cosilo_common.manifest import EncodingTerms, Manifest
+from cosilo_common.secagg.messages import RoundKind
+from cosilo_common.secagg.violation import ProtocolViolation, Rule
+
+
+def least_f_by_default(participants: int) -> int:
+    """The least f that a site accepts unless its policy names another: max(1, floor(|P| / 3)) (R1)."""
+    return max(1, participants // 3)
+
+
+@dataclass(frozen=True)
+class RunTerms:
+    """What an accepted manifest fixes for every round.
+
+    run: 32 bytes; participants: Ed25519 public keys by name; encoding: the manifest's bounds; values: d; losses: loss
+    words; least_f: the site's policy, None for the default. Raises ProtocolViolation("R1") where f is less than the
+    site accepts.
+    """
+
+    run: bytes
+    participants: Mapping[str, bytes]
+    n_min: int
+    f: int
+    rounds_max: int
+    max_rounds_per_model: int
+    encoding: EncodingTerms
+    values: int
+    losses: int
+    secure: bool = True
+    least_f: int | None = None
+
+    def __post_init__(self) -> None:
+        least = least_f_by_default(len(self.participants)) if self.least_f is None else self.least_f
+        if self.secure and self.f < least:
+            raise ProtocolViolation(Rule.THRESHOLD, f"the run's f is {self.f}; this site's policy accepts {least} or more")
+
+    @classmethod
+    def of(cls, manifest: Manifest, *, least_f: int | None = None) -> Self:
+        """The terms of a manifest that this site has accepted."""
+        return cls(
+            run=manifest.digest(),
+            participants=manifest.participant_keys(),
+            n_min=manifest.n_min,
+            f=manifest.f,
+            rounds_max=manifest.rounds_max,
+            max_rounds_per_model=manifest.max_rounds_per_model,
+            encoding=manifest.encoding,
+            values=manifest.tensor_table.size,
+            losses=manifest.loss_words,
+            secure=manifest.secure,
+            least_f=least_f,
+        )
+
+    def check_encoding(self, kind: RoundKind, encoding: Encoding) -> None:
+        """Raises ProtocolViolation("phase-0") unless the manifest allows this encoding for this kind of round."""
+        values = 0 if kind is RoundKind.STATISTICS else self.values
+        fixed = {
+            "bits": (encoding.bits, self.encoding.bits),
+            "participants": (encoding.participants, len(self.participants)),
+            "cap": (encoding.cap, self.encoding.cap),
+            "loss_max": (encoding.loss_max, self.encoding.loss_max),
+            "losses": (encoding.losses, self.losses),
+            "values": (encoding.size, values),
+        }
+        for name, (found, due) in fixed.items():
+            if found != due:
+                raise ProtocolViolation(Rule.START, f"the encoding's {name} is {found}; the manifest says {due}")
+        if any(section.clip > self.encoding.clip for section in encoding.sections):
+            raise ProtocolViolation(Rule.START, f"a clip range is above the manifest's {self.encoding.clip}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Phase 0 as the coordinator's Assignment gives it. base_digest, encoding_digest: 32 bytes."""
+
+    round: int
+    kind: RoundKind
+    invited: tuple[str, ...]
+    base_digest: bytes
+    encoding: Encoding
+    encoding_digest: bytes

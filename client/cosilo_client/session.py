@@ -1,0 +1,304 @@
+"""The site's standing with the coordinator: one stream that is set up again for ever, and transfers that outlive it.
+
+A connection is built whole (certificate files read anew, stream opened, first snapshot in) before anything uses it, and
+every failure leads back to the same place: wait, jittered, and build another. Owns reconnection, retries and what was
+last said. Must not know what is owed: snapshots are handed on whole, and calls are made for whoever asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, TypeVar
+
+import grpc
+import grpc.aio
+
+from cosilo_client.artifacts import ArtifactCache
+from cosilo_client.config import NetworkTable
+from cosilo_client.coordinator import OnBytes, Refused, SignedRun, Unreachable, UploadHeader
+from cosilo_client.metrics import SiteMetrics
+from cosilo_client.owed import Decline, Owed, Progress
+from cosilo_client.threads import in_thread
+from cosilo_client.transport import AttendCall, Transport, failure, failure_of
+from cosilo_client.wire import RUNS_MAX, hello, owed_from, statement_to
+from cosilo_common.errors import CosiloError
+from cosilo_common.identity.folder import Identity
+from cosilo_common.identity.tls import check_tls_files
+from cosilo_common.rpc.v1 import site_pb2
+from cosilo_common.telemetry import get_logger
+from cosilo_common.transfer import FileSource, Refusal, TransferError
+
+TRIES_MAX: Final = 6  # of one call in a row that moved nothing while connected; then the next snapshot decides
+CORRUPT_MAX: Final = 3  # fetches whose bytes had another digest: a link corrupts once, a disk or a liar always
+STABLE_S: Final = 10.0  # a connection that stood for less is one more failure: a revoked site must not come each second
+SAY_INTERVAL_S: Final = 0.2  # between messages about progress: a transfer moves hundreds of chunks a second
+
+log = get_logger("cosilo.session")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Waits between attempts: drawn from the upper half of a bound that doubles from min_s to max_s.
+
+    Jittered, so that a hundred sites do not come back to a restarted coordinator in one second.
+    """
+
+    min_s: float
+    max_s: float
+    random: random.Random
+
+    def wait_s(self, failures: int) -> float:
+        """After so many failures in a row, from 1."""
+        bound = min(self.max_s, self.min_s * 2.0 ** min(failures - 1, 40))
+        return self.random.uniform(bound / 2, bound)
+
+
+class Session:
+    """Attends for ever, and makes calls on whichever connection stands. Implements participation's `Coordinator`.
+
+    on_snapshot: called with everything that is owed, whole, before any waiting call goes on. on_members: called with
+    the coordinator's newest members list, not verified; it may raise CosiloError, which is logged.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        cache: ArtifactCache,
+        network: NetworkTable,
+        metrics: SiteMetrics,
+        on_snapshot: Callable[[Sequence[Owed]], None],
+        on_members: Callable[[bytes], None],
+        random: random.Random,
+    ) -> None:
+        self._identity = identity
+        self._cache = cache
+        self._network = network
+        self._metrics = metrics
+        self._on_snapshot = on_snapshot
+        self._on_members = on_members
+        self._backoff = Backoff(network.backoff_min_s, network.backoff_max_s, random)
+        self._transport: Transport | None = None
+        self._connected = asyncio.Event()
+        self._connected_at = self._stood_s = 0.0
+        self._said: dict[bytes, Progress | Decline] = {}
+        self._to_say = asyncio.Event()
+        self._reason = "starting"
+        metrics.connected(False)
+
+    def state(self) -> tuple[bool, str]:
+        """Whether the coordinator answers, and the reason in words. Safe to call from any thread."""
+        return (True, "connected") if self._connected.is_set() else (False, f"not connected: {self._reason}")
+
+    async def run(self) -> None:
+        """Connects, attends, and connects again, until it is cancelled."""
+        failures = 0
+        while True:
+            error: CosiloError | None = None
+            self._stood_s = 0.0
+            try:
+                await self._attend()
+            except CosiloError as raised:
+                error = raised
+            except Exception:  # a fault of this program must not end the daemon's one link to its federation
+                log.exception("session failed unexpectedly")
+            failures = 1 if self._stood_s >= STABLE_S else failures + 1
+            wait_s = self._backoff.wait_s(failures)
+            self._explain(error, wait_s)
+            await asyncio.sleep(wait_s)
+
+    # What participation asks
+
+    async def fetch(self, owed: Owed, forced: bool, on_bytes: OnBytes) -> Path:
+        """The round's weights as a file whose digest is right; fetched unless they are here, or if `forced`.
+
+        Raises Refused, Unreachable after TRIES_MAX tries that moved nothing, CosiloError where the disk lacks room or
+        the bytes are wrong again and again.
+        """
+        self._cache.use(owed.run, owed.base_digest)
+        if not forced:
+            found = await in_thread(self._cache.find, owed.base_digest)
+            if found is not None:
+                return found
+        for left in reversed(range(CORRUPT_MAX)):
+            sink = await in_thread(self._cache.sink, owed.base_digest, owed.base_bytes)
+            try:
+                await self._retrying(lambda to, s=sink: to.fetch(owed.base_digest, s, on_bytes), lambda s=sink: s.offset)  # type: ignore[misc]  # mypy cannot type a lambda's default
+                return await in_thread(sink.finish)
+            except TransferError as error:
+                if error.refusal is not Refusal.DIGEST or not left:
+                    raise
+                log.warning("fetched weights are corrupt: fetching them again", digest=owed.base_digest.hex()[:12])
+            finally:
+                sink.close()
+        raise AssertionError("the last pass returns or raises")
+
+    async def put(self, header: UploadHeader, spool: Path, on_bytes: OnBytes) -> None:
+        """Uploads a spool, resuming for as long as it moves. Raises as `fetch`."""
+        moved = 0
+
+        def note(offset: int) -> None:
+            nonlocal moved
+            moved = max(moved, offset)
+            on_bytes(offset)
+
+        with await in_thread(FileSource, spool) as source:
+            await self._retrying(lambda to: to.put(header, source, note), lambda: moved)
+
+    async def submit(self, message: bytes) -> None:
+        """Hands in one signed message. Raises Refused, or Unreachable after TRIES_MAX tries."""
+        await self._retrying(lambda to: to.submit(message), lambda: 0)
+
+    async def manifest(self, run: bytes) -> SignedRun:
+        """A run's signed manifest, not verified. Raises as `submit`."""
+        return await self._retrying(lambda to: to.run(run), lambda: 0)
+
+    def say(self, said: Progress | Decline) -> None:
+        """Tells the coordinator how this site stands in a run. The last word counts, and is said again on connecting."""
+        if self._said.get(said.run) != said:
+            self._said[said.run] = said
+            self._to_say.set()
+
+    # One connection
+
+    async def _attend(self) -> None:
+        transport = Transport.open(
+            self._identity.membership.address,
+            self._identity.tls,
+            timeout_s=self._network.timeout_s,
+            stall_s=self._network.stall_s,
+        )
+        call = transport.attend()
+        try:
+            async with asyncio.timeout(self._network.timeout_s):
+                await call.write(hello(f"cosilo-site {version('cosilo-client')}"))
+                first = await call.read()
+            if not isinstance(first, site_pb2.AttendResponse):
+                raise Unreachable("attend", "the coordinator ended the stream at once")
+            self._connect(transport, first)
+            await self._converse(call, transport, first)
+        except grpc.aio.AioRpcError as error:
+            raise failure("attend", error) from None
+        except asyncio.InvalidStateError:  # it ended before this site had said hello: the status says why
+            raise failure_of("attend", await call.code(), await call.details()) from None
+        except TimeoutError:
+            raise Unreachable("attend", f"no answer in {self._network.timeout_s:g} s") from None
+        finally:
+            self._disconnected()
+            call.cancel()
+            await transport.close()
+
+    def _connect(self, transport: Transport, first: site_pb2.AttendResponse) -> None:
+        self._hand_on(first)
+        self._transport = transport
+        self._connected_at = asyncio.get_running_loop().time()
+        self._connected.set()
+        self._metrics.connected(True)
+        try:
+            self._metrics.certificate_expires(check_tls_files(self._identity.tls, datetime.now(UTC)).not_after)
+        except CosiloError as error:  # the coordinator took it, so it is good enough; a clock may be wrong
+            log.warning("certificate", problem=str(error))
+        log.info("connected", address=self._identity.membership.address)
+
+    def _disconnected(self) -> None:
+        if self._connected.is_set():
+            self._stood_s = asyncio.get_running_loop().time() - self._connected_at
+        self._transport = None
+        self._connected.clear()
+        self._metrics.connected(False)
+
+    async def _converse(self, call: AttendCall, transport: Transport, first: site_pb2.AttendResponse) -> None:
+        """Reads snapshots and says what there is to say, until the stream ends; raises CosiloError with the reason."""
+        ended: CosiloError | None = None
+        news = asyncio.Event()
+        news.set()
+        async with asyncio.TaskGroup() as group:
+            beside = [
+                group.create_task(self._speak(call), name="attend: speak"),
+                group.create_task(self._take_members(transport, news), name="members"),
+            ]
+            try:
+                seen = first.members_version
+                while isinstance(response := await call.read(), site_pb2.AttendResponse):
+                    self._hand_on(response)
+                    if response.members_version > seen:
+                        seen = response.members_version
+                        news.set()
+            except grpc.aio.AioRpcError as error:
+                ended = failure("attend", error)
+            finally:
+                for task in beside:
+                    task.cancel()
+        raise ended or Unreachable("attend", "the coordinator ended the stream")
+
+    async def _speak(self, call: AttendCall) -> None:
+        told: dict[bytes, Progress | Decline] = {}
+        try:
+            while True:
+                self._to_say.clear()
+                for run, said in list(self._said.items()):
+                    if told.get(run) != said:
+                        await call.write(statement_to(said))
+                        told[run] = said
+                await asyncio.sleep(SAY_INTERVAL_S)
+                await self._to_say.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the reading side finds out why
+
+    async def _take_members(self, transport: Transport, news: asyncio.Event) -> None:
+        while await news.wait():
+            news.clear()
+            try:
+                data = await transport.members()
+                await in_thread(self._on_members, data)
+            except CosiloError as error:
+                log.warning("members list not taken", reason=str(error))
+
+    def _hand_on(self, response: site_pb2.AttendResponse) -> None:
+        owed = []
+        for message in response.owed[:RUNS_MAX]:
+            try:
+                owed.append(owed_from(message))
+            except CosiloError as error:
+                log.warning("assignment not understood", reason=str(error))
+        self._on_snapshot(owed)
+
+    # Trying again
+
+    async def _retrying(self, call: Callable[[Transport], Awaitable[Answer]], moved: Callable[[], int]) -> Answer:
+        """Makes a call on whichever connection stands, waiting for one for as long as it takes.
+
+        moved: how far the call came; while that grows, failures do not count.
+        """
+        failures = 0
+        while True:
+            await self._connected.wait()
+            transport, before = self._transport, moved()
+            if transport is None:
+                continue
+            try:
+                return await call(transport)
+            except Unreachable as error:
+                failures = 1 if moved() > before else failures + 1
+                if failures > TRIES_MAX:
+                    raise
+                log.info("call failed: trying again", reason=str(error), failures=failures)
+            await asyncio.sleep(self._backoff.wait_s(failures))
+
+    def _explain(self, error: CosiloError | None, wait_s: float) -> None:
+        """Logs why there is no connection, and whether the certificate's files are to blame."""
+        if error is None:
+            return
+        self._reason = str(error)
+        try:
+            check_tls_files(self._identity.tls, datetime.now(UTC))
+        except CosiloError as found:
+            self._reason = str(found)
+        level = log.error if isinstance(error, Refused) else log.warning
+        level("not connected", reason=self._reason, wait_s=round(wait_s, 1))

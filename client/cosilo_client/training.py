@@ -1,0 +1,166 @@
+"""Phase 0 at a site: have the round's weights and something trained on them, once a round, whatever is killed when.
+
+Owns the way from an assignment to the journal's trained update: space, fetch, job, result. Must not know the masking
+protocol beyond that journal, nor gRPC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from cosilo_client.coordinator import Coordinator
+from cosilo_client.data import DataConfig
+from cosilo_client.journal import Journal, TrainedUpdate
+from cosilo_client.ledger import Phase as Reached
+from cosilo_client.metrics import SiteMetrics
+from cosilo_client.owed import Activity, Owed, Progress
+from cosilo_client.spending import Spending
+from cosilo_client.threads import in_thread
+from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Job, Result, TrainerFailed, TrainJob
+from cosilo_client.trainer.jobs import Progress as TrainerProgress
+from cosilo_common.diffusion.seeding import site_seed
+from cosilo_common.encoding import Encoding
+from cosilo_common.manifest import Manifest
+from cosilo_common.secagg.messages import RoundKind
+from cosilo_common.telemetry import get_logger
+from cosilo_common.transfer import require_free_bytes
+
+SPACE_MARGIN_BYTES: Final = 64 << 20  # for the ledger, the log and whatever else shares the disk
+TENTHS: Final = 10
+
+log = get_logger("cosilo.training")
+
+
+class Trainer(Protocol):
+    """The trainer process, as `TrainerLink` offers it."""
+
+    restarts: int
+
+    async def run(self, job: Job, on_progress: Callable[[TrainerProgress], None]) -> Result:
+        """Does one job; raises TrainerFailed."""
+        ...
+
+
+class Training:
+    """Trains this site's rounds. name: of the site; threads: of the CPU, 0 for the trainer's choice."""
+
+    def __init__(
+        self,
+        name: str,
+        journal: Journal,
+        coordinator: Coordinator,
+        trainer: Trainer,
+        data: DataConfig,
+        threads: int,
+        spending: Spending,
+        metrics: SiteMetrics,
+    ) -> None:
+        self._name = name
+        self._journal = journal
+        self._coordinator = coordinator
+        self._trainer = trainer
+        self._data = data
+        self._threads = threads
+        self._spending = spending
+        self._metrics = metrics
+
+    def done(self, owed: Owed) -> bool:
+        """Whether the round's update, or what stands for it, is on disk."""
+        if owed.kind is RoundKind.REHEARSAL:
+            entry = self._journal.ledger.round(owed.run, owed.round)
+            return entry is not None and entry.phase >= Reached.FETCHED
+        return self._journal.trained_update(owed.run, owed.round) is not None
+
+    async def perform(self, owed: Owed, manifest: Manifest, encoding: Encoding) -> None:
+        """Fetches and trains, for a round that is begun in the journal.
+
+        Raises TrainerFailed; CosiloError where the disk lacks room; what fetching raises.
+        """
+        folder = self._journal.files(owed.run).folder
+        require_free_bytes(folder, needed_bytes(owed, manifest, encoding))
+        forced = owed.kind is RoundKind.REHEARSAL
+        weights = await self._coordinator.fetch(owed, forced, self._reporter(owed, Activity.FETCHING, owed.base_bytes))
+        await in_thread(self._journal.ledger.reach, owed.run, owed.round, Reached.FETCHED)
+        if owed.kind is RoundKind.REHEARSAL:
+            return
+        result = await self._train(owed, self._job(owed, manifest, weights))
+        losses = (*result.heldout_losses, result.train_loss)
+        if len(losses) != manifest.loss_words or not all(map(math.isfinite, losses)):
+            raise TrainerFailed(FailureCode.NON_FINITE, f"{owed.label}: its losses cannot be reported", "ask for a lower learning rate")
+        update = TrainedUpdate(
+            round=owed.round,
+            offset_bytes=0,
+            weight=min(result.weight, manifest.encoding.cap),
+            losses=losses,
+            has_vector=owed.kind is RoundKind.TRAIN,
+        )
+        await in_thread(self._journal.trained, owed.run, update)
+        if owed.kind is RoundKind.TRAIN:
+            await in_thread(self._spending.add, owed.run, owed.round, result.seconds)
+        log.info(
+            "trained",
+            round=owed.label,
+            images=result.images,
+            steps=result.steps,
+            seconds=round(result.seconds, 1),
+            loss=round(result.train_loss, 5),
+            device=result.device,
+            skipped=result.skipped,
+        )
+
+    async def _train(self, owed: Owed, job: Job) -> Result:
+        images = 0
+
+        def note(progress: TrainerProgress) -> None:
+            nonlocal images
+            self._coordinator.say(Progress(owed.run, owed.round, Activity.TRAINING, progress.tenths))
+            self._metrics.trained(progress.loss, progress.images - images, progress.images_per_second)
+            images = max(images, progress.images)
+
+        self._coordinator.say(Progress(owed.run, owed.round, Activity.TRAINING, 0))
+        before = self._trainer.restarts
+        try:
+            result = await self._trainer.run(job, note)
+        finally:
+            self._metrics.trainer_restarted(self._trainer.restarts - before)
+        if owed.kind is RoundKind.TRAIN:
+            self._metrics.trained(result.train_loss, result.images - images, result.images_per_second)
+        self._metrics.gpu_memory(result.gpu_memory_bytes)
+        return result
+
+    def _job(self, owed: Owed, manifest: Manifest, weights: Path) -> Job:
+        common = {
+            "weights": weights,
+            "architecture": manifest.architecture,
+            "schedule": manifest.schedule,
+            "training": manifest.training,
+            "data": self._data,
+            "threads": self._threads,
+        }
+        if owed.kind is RoundKind.STATISTICS:
+            return EvaluateJob.model_validate(common)
+        seed = site_seed(owed.round, self._name, manifest.training.seed)
+        return TrainJob.model_validate(common | {"update": self._journal.files(owed.run).update, "seed": seed})
+
+    def _reporter(self, owed: Owed, activity: Activity, total_bytes: int) -> Callable[[int], None]:
+        return reporter(self._coordinator, owed, activity, total_bytes)
+
+
+def reporter(coordinator: Coordinator, owed: Owed, activity: Activity, total_bytes: int) -> Callable[[int], None]:
+    """Says how far a transfer is; the first word is said at once."""
+
+    def on_bytes(moved: int) -> None:
+        tenths = TENTHS * moved // total_bytes if total_bytes else TENTHS
+        coordinator.say(Progress(owed.run, owed.round, activity, min(TENTHS, tenths), moved))
+
+    on_bytes(0)
+    return on_bytes
+
+
+def needed_bytes(owed: Owed, manifest: Manifest, encoding: Encoding) -> int:
+    """Free bytes that a round takes at most beside its weights: the update and the upload."""
+    update = 4 * manifest.tensor_table.size if owed.kind is RoundKind.TRAIN else 0
+    return update + encoding.wire_bytes + SPACE_MARGIN_BYTES

@@ -1,0 +1,131 @@
+"""Protobuf to this site's own values and back: protobuf types stop here.
+
+Owns what of a coordinator's message is believed to be well-formed. Must not know sockets or what follows from a value.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from cosilo_client.owed import Decline, Owed, Phase, Progress
+from cosilo_common.canonical import check_name
+from cosilo_common.errors import CosiloError
+from cosilo_common.rpc.v1 import site_pb2
+from cosilo_common.secagg.messages import ATTEMPTS_MAX, RoundKind
+
+PROTOCOL_VERSION: Final = 1
+RUNS_MAX: Final = 1000  # assignments in one snapshot: runs of a site's whole life
+DIGEST_BYTES: Final = 32
+REASON_CHARS_MAX: Final = 1000  # for the log
+VARINT_BYTES_MAX: Final = 5  # a message is far below 2^35 bytes
+DATA_FIELD: Final = b"\x0a"  # field 1, length-delimited: `data` of GetArtifactResponse and of PutUpdateRequest
+
+_KINDS: Final = {
+    site_pb2.ROUND_KIND_TRAIN: RoundKind.TRAIN,
+    site_pb2.ROUND_KIND_REHEARSAL: RoundKind.REHEARSAL,
+    site_pb2.ROUND_KIND_STATISTICS: RoundKind.STATISTICS,
+}
+
+
+def owed_from(message: site_pb2.Assignment) -> Owed:
+    """One assignment. Raises CosiloError, naming the field, where a value cannot be what it should."""
+    if len(message.run) != DIGEST_BYTES:
+        raise _bad("run", f"{len(message.run)} bytes, not {DIGEST_BYTES}")
+    if len(message.base_digest) != DIGEST_BYTES:
+        raise _bad("base_digest", f"{len(message.base_digest)} bytes, not {DIGEST_BYTES}")
+    kind = _KINDS.get(message.kind)
+    if kind is None:
+        raise _bad("kind", f"{message.kind} is unknown here; upgrade this site")
+    try:
+        phase = Phase(message.phase)
+    except ValueError:
+        raise _bad("phase", f"{message.phase} is unknown here; upgrade this site") from None
+    if message.round < 1:
+        raise _bad("round", "it counts from 1")
+    if not 1 <= message.attempt <= ATTEMPTS_MAX:
+        raise _bad("attempt", f"{message.attempt} is not from 1 to {ATTEMPTS_MAX}")
+    return Owed(
+        run=message.run,
+        round=message.round,
+        kind=kind,
+        phase=phase,
+        invited=message.invited,
+        attempt=message.attempt,
+        invited_sites=tuple(_name("invited_sites", name) for name in message.invited_sites),
+        base_digest=message.base_digest,
+        base_bytes=message.base_bytes,
+        encoding=message.encoding,
+        roster=tuple(message.roster),
+        shares=tuple(message.shares),
+        survivors=tuple(_name("survivors", name) for name in message.survivors),
+        consents=tuple(message.consents),
+        checkpoint=message.checkpoint_digest,
+        delivered=message.delivered,
+        deadline_s=message.deadline_s,
+        reason=message.reason[:REASON_CHARS_MAX],
+    )
+
+
+def hello(software: str) -> site_pb2.AttendRequest:
+    """The first message of a stream."""
+    return site_pb2.AttendRequest(hello=site_pb2.Hello(protocol_version=PROTOCOL_VERSION, software=software))
+
+
+def statement_to(said: Progress | Decline) -> site_pb2.AttendRequest:
+    """What this site says of itself."""
+    if isinstance(said, Decline):
+        code = site_pb2.DeclineCode.ValueType(said.code)
+        return site_pb2.AttendRequest(decline=site_pb2.Decline(run=said.run, round=said.round, code=code))
+    return site_pb2.AttendRequest(
+        progress=site_pb2.Progress(
+            run=said.run,
+            round=said.round,
+            activity=site_pb2.SiteActivity.ValueType(said.activity),
+            tenths=said.tenths,
+            bytes=said.bytes_moved,
+        )
+    )
+
+
+def frame_chunk(chunk: bytes) -> bytes:
+    """`PutUpdateRequest(data=chunk)` as bytes, in one copy: protobuf's own way takes two (docs/decisions.md)."""
+    return b"".join((DATA_FIELD, _varint(len(chunk)), chunk))
+
+
+def chunk_from(message: bytes) -> tuple[memoryview, int]:
+    """(data, total_bytes) of a GetArtifactResponse, without a copy where it carries data alone. Raises CosiloError."""
+    if message[:1] == DATA_FIELD:
+        length = 0
+        for at in range(1, min(len(message), VARINT_BYTES_MAX + 1)):
+            length |= (message[at] & 0x7F) << (7 * (at - 1))
+            if message[at] < 0x80:
+                if at + 1 + length == len(message):
+                    return memoryview(message)[at + 1 :], 0
+                break
+    try:
+        parsed = site_pb2.GetArtifactResponse.FromString(message)
+    except DecodeError:
+        raise CosiloError("fetch", "a chunk is not a message of this protocol", "tell the coordinator's admin") from None
+    return memoryview(parsed.data), parsed.total_bytes
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _name(field: str, name: str) -> str:
+    try:
+        return check_name(name)
+    except ValueError:
+        raise _bad(field, "it holds what is no site's name") from None
+
+
+def _bad(field: str, why: str) -> CosiloError:
+    return CosiloError("read assignment", f"{field}: {why}", "tell the coordinator's admin")

@@ -1,0 +1,142 @@
+"""What training minimises: the denoising loss, and the held-out loss by timestep bucket that makes models comparable.
+
+Owns the forward process and the losses. Must not know optimisers, devices' choice, files or rounds. Random numbers come
+from a generator that the caller seeds; the convention is `seeding`'s.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+from cosilo_common.diffusion.seeding import site_seed
+from cosilo_common.diffusion.specification import Schedule
+
+__all__ = [
+    "Draw",
+    "draw_noise",
+    "heldout_count",
+    "heldout_losses",
+    "noise_schedule",
+    "per_image_loss",
+    "site_seed",
+    "to_model_range",
+]
+
+HELDOUT_SEED = 0x0C051105  # fixed for ever: every model of every run is measured under the same noise
+HELDOUT_BATCH = 64  # part of the definition, since noise is drawn batch by batch; small enough for any device
+HELDOUT_IMAGES_MAX = 256  # a loss to 2 % or so; more would cost a CPU site longer than its training
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one batch of b images.
+
+    timesteps: (b,) int64 in [0, train_timesteps); noise: (b, C, H, W) standard normal; flips: (b,) bool, or None where
+    nothing is mirrored.
+    """
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    flips: torch.Tensor | None
+
+
+def noise_schedule(schedule: Schedule) -> DDPMScheduler:
+    """diffusers' scheduler holding the schedule's noise levels; used here for its forward process only."""
+    return DDPMScheduler(
+        num_train_timesteps=schedule.train_timesteps,
+        beta_schedule=schedule.beta_schedule,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        prediction_type=schedule.prediction_type,
+        timestep_spacing="trailing",
+    )
+
+
+def draw_noise(shape: tuple[int, int, int, int], train_timesteps: int, flip: bool, generator: torch.Generator) -> Draw:
+    """One batch's random numbers from a CPU generator, in the order that `seeding` fixes. shape: (b, C, H, W)."""
+    timesteps = torch.randint(0, train_timesteps, (shape[0],), generator=generator)
+    noise = torch.randn(shape, generator=generator)
+    flips = torch.rand(shape[0], generator=generator) < 0.5 if flip else None
+    return Draw(timesteps, noise, flips)
+
+
+def to_model_range(images: torch.Tensor, full_scale: int) -> torch.Tensor:
+    """Integer images (any shape) in [0, full_scale] as float32 in [-1, 1].
+
+    int16 holds the bits of uint16, which torch hardly computes with.
+    """
+    if images.dtype == torch.int16:
+        images = images.to(torch.int32).bitwise_and_(0xFFFF)
+    return images.to(torch.float32).mul_(2.0 / full_scale).sub_(1.0)
+
+
+def per_image_loss(
+    unet: torch.nn.Module,
+    noiser: DDPMScheduler,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """Mean squared error of the network's prediction, one value an image: (b,).
+
+    images: (b, C, H, W) in [-1, 1]; labels: (b,) int64. The target is the noise (Ho et al., arXiv 2006.11239, eq. 14)
+    or the velocity (Salimans and Ho, arXiv 2202.00512), as the schedule's prediction type says.
+    """
+    noisy = noiser.add_noise(images, noise, timesteps)  # (b, C, H, W)
+    target = noise if noiser.config.prediction_type == "epsilon" else noiser.get_velocity(images, noise, timesteps)
+    predicted = unet(noisy, timesteps, class_labels=labels, return_dict=False)[0]
+    losses: torch.Tensor = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+    return losses
+
+
+@torch.no_grad()
+def heldout_losses(
+    unet: UNet2DModel,
+    noiser: DDPMScheduler,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    full_scale: int,
+    buckets: int,
+    micro_batch: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> torch.Tensor:
+    """Sums over the held-out images of the loss in each of `buckets` equal ranges of timesteps: (buckets,), float64 on
+    the CPU.
+
+    images: (n, C, H, W) integers in [0, full_scale], of which at most HELDOUT_IMAGES_MAX are read; labels: (n,). Divide
+    by `heldout_count(n)` for means. Deterministic: noise and timesteps do not depend on the model, the round or the
+    site. Dropout is off. micro_batch: most images a forward pass, where memory is short; rank, world: this process
+    evaluates every world-th batch, and the sums over all ranks are the whole.
+    """
+    device = next(unet.parameters()).device
+    generator = torch.Generator().manual_seed(HELDOUT_SEED)
+    count = heldout_count(len(images))
+    steps = noiser.config.num_train_timesteps
+    sums = torch.zeros(buckets, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    was_training = unet.training
+    unet.eval()
+    turn = 0
+    for bucket in range(buckets):
+        low, high = bucket * steps // buckets, (bucket + 1) * steps // buckets
+        for start in range(0, count, HELDOUT_BATCH):
+            batch = images[start : min(start + HELDOUT_BATCH, count)]
+            timesteps = torch.randint(low, high, (len(batch),), generator=generator)
+            noise = torch.randn(batch.shape, generator=generator)
+            if turn % world == rank:
+                whole = (batch, labels[start : start + len(batch)], timesteps, noise)
+                for part in zip(*(torch.split(tensor, micro_batch or HELDOUT_BATCH) for tensor in whole), strict=True):
+                    clean, given, times, normal = (tensor.to(device) for tensor in part)
+                    losses = per_image_loss(unet, noiser, to_model_range(clean, full_scale), given, times, normal)
+                    sums[bucket] += losses.sum(dtype=torch.float64)
+            turn += 1
+    unet.train(was_training)
+    return sums.cpu()
+
+
+def heldout_count(images: int) -> int:
+    """How many of that many held-out images are evaluated."""
+    return min(images, HELDOUT_IMAGES_MAX)

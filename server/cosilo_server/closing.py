@@ -1,0 +1,172 @@
+"""Closes a round: opens the survivors' sum, steps the model, and says what the sum tells.
+
+Owns the way from a round in its OPENING phase to an outcome and a checkpoint. Repeatable: until the store commits the result, nothing but
+artifacts named by their digests has been written. Blocks; the conductor calls it in a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cosilo_common.encoding import Encoding, OpenedTail
+from cosilo_common.errors import CosiloError
+from cosilo_common.manifest import Manifest
+from cosilo_common.secagg.masks import SignedMask
+from cosilo_common.secagg.messages import RoundKind
+from cosilo_server.aggregation import Aggregation, Checkpoint
+from cosilo_server.artifacts import Artifacts
+from cosilo_server.rounds.state import Round
+from cosilo_server.secagg import SumOpening, reconstruct
+from cosilo_server.spool import Spool
+from cosilo_server.store import Store, StoredCheckpoint
+from cosilo_server.verification import dealt_shares, reveals_of, roster_of
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a closed round's sum tells: means over all its sites, never one site's.
+
+    heldout_loss: of the weights that the round started from, mean over the timestep buckets; by_bucket: lowest noise first; train_loss: of the
+    local training; None where the round's kind has none. update_norm: L2 norm of the mean update.
+    """
+
+    total_weight: int
+    contributors: int
+    clip_ratio: float
+    heldout_loss: float | None = None
+    heldout_loss_by_bucket: tuple[float, ...] = ()
+    train_loss: float | None = None
+    update_norm: float | None = None
+    note: str = ""
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> RoundOutcome:
+        """The inverse of `to_json`."""
+        raw = json.loads(text)
+        return cls(**{**raw, "heldout_loss_by_bucket": tuple(raw["heldout_loss_by_bucket"])})
+
+
+class RoundCloser:
+    """Opens sums for one coordinator."""
+
+    def __init__(self, store: Store, artifacts: Artifacts, spool: Spool, now: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._artifacts = artifacts
+        self._spool = spool
+        self._now = now
+
+    def open(self, manifest: Manifest, state: Round) -> tuple[RoundOutcome, StoredCheckpoint | None]:
+        """Opens the sum of `state.survivors`. The checkpoint is None where the round's kind moves nothing.
+
+        Raises CosiloError (ProtocolViolation, SumRefused) where the sum must not be used, or the disk is full.
+        """
+        encoding = Encoding.parse(state.encoding)
+        with ExitStack() as files:
+            sources = {
+                name: files.enter_context(_Upload(self._spool.path(state.run.hex(), state.number, name))).read_into
+                for name in state.survivors
+            }
+            digests = {name: upload.digest for name in state.survivors if (upload := state.sites[name].upload) is not None}
+            opening = SumOpening(encoding, sources, digests, self._masks(manifest, state))
+            return self._apply(manifest, state, encoding, opening)
+
+    def _masks(self, manifest: Manifest, state: Round) -> tuple[SignedMask, ...]:
+        if not manifest.secure:
+            return ()
+        keys = reconstruct(roster_of(manifest, state), state.survivors, dealt_shares(state), reveals_of(state))
+        return keys.masks
+
+    def _apply(
+        self, manifest: Manifest, state: Round, encoding: Encoding, opening: SumOpening
+    ) -> tuple[RoundOutcome, StoredCheckpoint | None]:
+        if state.kind is RoundKind.STATISTICS:
+            for _ in opening:
+                pass
+            return _outcome(opening.tail, None), None
+        base = self._base(state)
+        aggregation = Aggregation(self._artifacts, manifest.tensor_table, encoding, manifest.server_optimiser, manifest.ema_decay)
+        if state.kind is RoundKind.REHEARSAL:
+            tail = aggregation.rehearse(base, opening).tail
+            note = f"the opened sum of {encoding.size} values is exactly zero"
+            return RoundOutcome(tail.total_weight, tail.contributors, 0.0, update_norm=0.0, note=note), None
+        aggregate = aggregation.train(base, opening)
+        made = aggregate.checkpoint
+        stored = StoredCheckpoint(
+            run=state.run,
+            round=state.number,
+            weights=bytes.fromhex(made.weights),
+            ema=bytes.fromhex(made.ema) if manifest.ema_decay else b"",
+            optimiser=bytes.fromhex(made.optimiser),
+            bytes=self._artifacts.size(made.weights),
+            created_at=self._now(),
+        )
+        return _outcome(aggregate.tail, aggregate.update_norm), stored
+
+    def _base(self, state: Round) -> Checkpoint:
+        base = self._store.newest_checkpoint(state.run)
+        if base is None or base.weights != state.base_digest:
+            raise CosiloError(
+                "open the sum", f"round {state.number} did not start from the newest checkpoint", "restore the data folder as a whole"
+            )
+        ema = base.ema or base.weights
+        return Checkpoint(base.weights.hex(), ema.hex(), base.optimiser.hex())
+
+
+class _Upload:
+    """One site's whole upload, read at offsets."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def __enter__(self) -> _Upload:
+        self._fd = os.open(self._path, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills the buffer from the offset; raises CosiloError where the file is shorter."""
+        filled = os.preadv(self._fd, [buffer], offset)
+        while filled < len(buffer):
+            more = os.preadv(self._fd, [buffer[filled:]], offset + filled)
+            if more == 0:
+                raise CosiloError("open the sum", f"the upload of {self._path.name} ends early on disk")
+            filled += more
+
+
+def _outcome(tail: OpenedTail, update_norm: float | None) -> RoundOutcome:
+    *by_bucket, train_loss = tail.losses
+    return RoundOutcome(
+        total_weight=tail.total_weight,
+        contributors=tail.contributors,
+        clip_ratio=tail.clip_ratio,
+        heldout_loss=sum(by_bucket) / len(by_bucket),
+        heldout_loss_by_bucket=tuple(by_bucket),
+        train_loss=train_loss if update_norm is not None else None,
+        update_norm=update_norm,
+    )
+
+
+def untrained_checkpoint(run: bytes, checkpoint: Checkpoint, size_bytes: int, has_ema: bool, now: float) -> StoredCheckpoint:
+    """Round 0 of a run."""
+    return StoredCheckpoint(
+        run=run,
+        round=0,
+        weights=bytes.fromhex(checkpoint.weights),
+        ema=bytes.fromhex(checkpoint.ema) if has_ema else b"",
+        optimiser=bytes.fromhex(checkpoint.optimiser),
+        bytes=size_bytes,
+        created_at=now,
+    )

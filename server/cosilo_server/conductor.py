@@ -1,0 +1,389 @@
+"""The shell around the round machine: hands it events, persists what it says, then performs its effects.
+
+Owns which rounds are live, when the next one starts, and who is told. Must not know protobuf or grpc. Everything runs on one event loop; the
+store and the opening of a sum run in threads. Persist, then speak: watchers are told only after the store has committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from cosilo_common.canonical import sha256
+from cosilo_common.encoding import Encoding, Section
+from cosilo_common.errors import CosiloError
+from cosilo_common.manifest import Manifest
+from cosilo_common.secagg.messages import RoundKind
+from cosilo_server.closing import RoundCloser, RoundOutcome
+from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.rounds.assignments import Assignment, assignment_for
+from cosilo_server.rounds.events import (
+    Connected,
+    Disconnected,
+    EndRound,
+    Event,
+    LeftOut,
+    OpenSum,
+    Progressed,
+    Refuse,
+    Resumed,
+    Stopped,
+    SumOpened,
+    SumRefused,
+    Tick,
+)
+from cosilo_server.rounds.machine import begin, step
+from cosilo_server.rounds.state import Round, Site
+from cosilo_server.spool import Spool
+from cosilo_server.store import Store, StoredCheckpoint, StoredRun, terms_of
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.5  # deadlines are tens of seconds: half a second late is nothing, and an idle tick costs microseconds
+BACKOFF_FIRST_S = 2.0  # after an abandoned round; doubles with each further one
+BACKOFF_MAX_S = 300.0  # a federation whose sites come back after a weekend starts within five minutes
+_TRANSIENT = {"connected": False, "activity": Site.activity, "tenths": 0, "bytes_moved": 0, "progressed_at": 0.0}
+
+
+@dataclass
+class LiveRun:
+    """A run with what is not in the store: its newest round, and why nothing moves."""
+
+    run: bytes
+    manifest: Manifest
+    round: Round | None = None
+    not_before: float = 0.0
+    note: str = ""
+    opened: tuple[RoundOutcome, StoredCheckpoint | None] | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Conductor:
+    """Conducts every run's rounds.
+
+    now: UTC seconds, monotone within the process. `start` resumes what a former process left; `stop` leaves everything resumable.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        spool: Spool,
+        closer: RoundCloser,
+        metrics: CoordinatorMetrics,
+        now: Callable[[], float] | None = None,
+    ) -> None:
+        self._store = store
+        self._spool = spool
+        self._closer = closer
+        self._metrics = metrics
+        self._now = now or _steady_clock()
+        self._runs: dict[bytes, LiveRun] = {}
+        self._connected: dict[str, int] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.ticked_at = time.monotonic()
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Loads every run, resumes rounds in progress, drops spools of rounds that are over, and begins to tick."""
+        for stored in await asyncio.to_thread(self._store.runs):
+            await self.adopt(stored)
+        live = {(r.run.hex(), r.round.number) for r in self._runs.values() if r.round and not r.round.ended}
+        for run, number in await asyncio.to_thread(self._spool.rounds):
+            if (run, number) not in live:
+                await asyncio.to_thread(self._spool.discard_round, run, number)
+        for record in self._runs.values():
+            if record.round is not None and not record.round.ended:
+                log.info("round resumed", run=record.run.hex(), round=record.round.number, phase=record.round.phase)
+                await self.handle(record.run, Resumed())
+        self._spawn(self._tick_for_ever())
+
+    async def stop(self) -> None:
+        """Stops ticking and opening; what is not persisted is begun again by the next process."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def adopt(self, stored: StoredRun) -> None:
+        """Takes a run from the store under its conduct."""
+        newest = await asyncio.to_thread(self._store.newest_round, stored.run)
+        self._runs.setdefault(stored.run, LiveRun(stored.run, stored.manifest, newest.state if newest else None))
+        self.announce()
+
+    # --- what is asked of it ---
+
+    def manifest(self, run: bytes) -> Manifest | None:
+        """A run's manifest."""
+        record = self._runs.get(run)
+        return record.manifest if record else None
+
+    def round(self, run: bytes) -> Round | None:
+        """A run's newest round."""
+        record = self._runs.get(run)
+        return record.round if record else None
+
+    def note(self, run: bytes) -> str:
+        """Why a run does not move, where it does not."""
+        record = self._runs.get(run)
+        return record.note if record else ""
+
+    def runs_of(self, site: str) -> list[bytes]:
+        """Runs that name the site as a participant, oldest first."""
+        return [r.run for r in self._runs.values() if any(p.name == site for p in r.manifest.participants)]
+
+    def owed(self, site: str) -> tuple[Assignment, ...]:
+        """Everything the site owes, one assignment for each of its runs that has had a round."""
+        rounds = (r.round for r in self._runs.values() if r.round is not None)
+        return tuple(assignment_for(state, site) for state in rounds if site in state.sites)
+
+    def connected(self, site: str) -> bool:
+        """Whether the site's stream is open."""
+        return self._connected.get(site, 0) > 0
+
+    def connected_sites(self) -> set[str]:
+        """Sites whose streams are open."""
+        return {name for name, streams in self._connected.items() if streams > 0}
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[asyncio.Event]:
+        """An event that is set at every change; the watcher clears it before it looks."""
+        changed = asyncio.Event()
+        changed.set()
+        self._watchers.add(changed)
+        try:
+            yield changed
+        finally:
+            self._watchers.discard(changed)
+
+    async def order(self, run: bytes, kind: RoundKind, rounds: int) -> int:
+        """Asks for rounds; returns the number of the first. Raises CosiloError where the manifest allows no more."""
+        record = self._known(run)
+        newest = record.round.number if record.round else 0
+        if newest + rounds > record.manifest.rounds_max:
+            raise CosiloError(
+                "start rounds",
+                f"run {record.manifest.name} allows {record.manifest.rounds_max} rounds and has had {newest}; {rounds} more were asked for",
+                "ask for fewer, or create a run with a higher rounds_max",
+            )
+        await asyncio.to_thread(self._store.add_order, run, kind, rounds)
+        record.not_before, record.note = 0.0, ""
+        self.announce()
+        await self._start_next(record)
+        return newest + 1
+
+    async def stop_run(self, run: bytes, abandon: bool) -> None:
+        """No further rounds start; the one in progress is abandoned if asked."""
+        record = self._known(run)
+        await asyncio.to_thread(self._store.set_stopped, run, True)
+        record.note = "stopped by an admin"
+        if abandon and record.round is not None and not record.round.ended:
+            await self.handle(run, Stopped("stopped by an admin"))
+        self.announce()
+
+    async def attend(self, site: str, present: bool) -> None:
+        """A site's stream opened or ended; a site counts as connected while it has any."""
+        before = self.connected(site)
+        self._connected[site] = max(0, self._connected.get(site, 0) + (1 if present else -1))
+        if self.connected(site) == before:
+            return
+        self._metrics.sites_connected.set(len(self.connected_sites()))
+        for record in list(self._runs.values()):
+            if record.round is not None and not record.round.ended and site in record.round.sites:
+                await self.handle(record.run, Connected(site) if present else Disconnected(site))
+        self.announce()
+
+    async def handle(self, run: bytes, event: Event) -> str:
+        """Moves a run's newest round by one event; returns why it was refused, or nothing."""
+        record = self._known(run)
+        async with record.lock:
+            if record.round is None:
+                return "the run has had no round"
+            return await self._handle(record, event)
+
+    # --- the shell ---
+
+    async def _handle(self, record: LiveRun, event: Event) -> str:
+        before = record.round
+        assert before is not None
+        now = self._now()
+        after, effects = step(before, event, now)
+        if after is not before:
+            if _durable(after) != _durable(before):
+                await self._persist(record, before, after, event)
+            record.round = after
+            self._metrics.round_moved(record.run, before, after, now)
+            if after.phase is not before.phase or after.attempt != before.attempt:
+                log.info(
+                    "round moved",
+                    run=record.run.hex()[:12],
+                    round=after.number,
+                    kind=after.kind,
+                    phase=after.phase,
+                    attempt=after.attempt,
+                    reason=after.reason or None,
+                )
+            self.announce()
+        refused = ""
+        for effect in effects:
+            match effect:
+                case Refuse(reason):
+                    refused = reason
+                case LeftOut(site, phase):
+                    self._metrics.dropouts.labels(phase=phase).inc()
+                    log.warning("site left out", run=record.run.hex()[:12], round=after.number, site=site, phase=phase)
+                case OpenSum():
+                    self._spawn(self._open(record, after))
+                case EndRound():
+                    await self._end(record, after)
+        return refused
+
+    async def _persist(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
+        if isinstance(event, SumOpened):
+            assert record.opened is not None
+            outcome, checkpoint = record.opened
+            await asyncio.to_thread(self._store.close_round, after, outcome.to_json(), checkpoint)
+            return
+        site = getattr(event, "site", "")
+        await asyncio.to_thread(self._store.save_round, after, _what(event, before, after), site)
+
+    async def _open(self, record: LiveRun, state: Round) -> None:
+        """Opens the sum in a thread; the round closes, or is abandoned with the reason."""
+        began = time.monotonic()
+        try:
+            record.opened = await asyncio.to_thread(self._closer.open, record.manifest, state)
+        except CosiloError as error:
+            log.error("sum refused", run=record.run.hex()[:12], round=state.number, reason=str(error))
+            await self.handle(record.run, SumRefused(str(error)))
+            return
+        except OSError as error:
+            await self.handle(record.run, SumRefused(f"opening the sum: {error}"))
+            return
+        outcome, checkpoint = record.opened
+        self._metrics.sum_opened(record.run, outcome, time.monotonic() - began)
+        weights = checkpoint.weights if checkpoint else state.base_digest
+        await self.handle(record.run, SumOpened(weights))
+
+    async def _end(self, record: LiveRun, state: Round) -> None:
+        record.opened = None
+        await asyncio.to_thread(self._spool.discard_round, record.run.hex(), state.number)
+        if state.reason:
+            failures = await asyncio.to_thread(self._store.abandoned_since_close, record.run)
+            pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(failures - 1, 16))
+            record.not_before = self._now() + pause_s
+            record.note = f"round {state.number} was abandoned: {state.reason}"
+        else:
+            self._spawn(self._start_next(record))
+
+    async def _start_next(self, record: LiveRun) -> None:
+        """Starts the next round that was asked for, once enough participants are connected."""
+        async with record.lock:
+            if (record.round is not None and not record.round.ended) or self._now() < record.not_before:
+                return
+            order = await asyncio.to_thread(self._store.open_order, record.run)
+            if order is None:
+                return
+            terms = terms_of(record.manifest)
+            present = self.connected_sites() & set(terms.participants)
+            if len(present) < terms.least_invited:
+                record.note = f"waiting: {len(present)} of the {terms.least_invited} sites that a round needs are connected"
+                return
+            number = record.round.number + 1 if record.round else 1
+            if number > record.manifest.rounds_max:
+                record.note = f"the manifest's {record.manifest.rounds_max} rounds are spent"
+                return
+            base = await asyncio.to_thread(self._store.newest_checkpoint, record.run)
+            assert base is not None  # a run is stored together with its untrained checkpoint
+            state, effects = begin(
+                run=record.run,
+                number=number,
+                kind=order.kind,
+                terms=terms,
+                base_digest=base.weights,
+                base_bytes=base.bytes,
+                encoding=round_encoding(record.manifest, order.kind).canonical(),
+                seed=sha256(bytes.fromhex(record.manifest.nonce) + number.to_bytes(8, "big")),
+                connected=present,
+                now=self._now(),
+            )
+            assert not effects or state.ended
+            await asyncio.to_thread(self._store.begin_round, state)
+            record.round, record.note = state, ""
+            self._metrics.round_began(state)
+            log.info("round started", run=record.run.hex()[:12], round=number, kind=order.kind, phase=state.phase)
+        self.announce()
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            self.ticked_at = time.monotonic()
+            for record in list(self._runs.values()):
+                try:
+                    if record.round is not None and not record.round.ended:
+                        await self.handle(record.run, Tick())
+                    else:
+                        await self._start_next(record)
+                except CosiloError as error:
+                    record.note = str(error)
+                    log.error("run does not move", run=record.run.hex()[:12], reason=str(error))
+            await asyncio.sleep(TICK_S)
+
+    def _known(self, run: bytes) -> LiveRun:
+        record = self._runs.get(run)
+        if record is None:
+            raise CosiloError("find run", f"no run {run.hex()[:12]} is known", "list them with `cosilo run list`")
+        return record
+
+    def announce(self) -> None:
+        """Has every watcher look again."""
+        for changed in self._watchers:
+            changed.set()
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]  # always a coroutine of this class
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("conductor task failed", error=repr(error))
+
+
+def round_encoding(manifest: Manifest, kind: RoundKind) -> Encoding:
+    """How a round's vectors are encoded: the whole update under one clip, or only the tail in a statistics round."""
+    terms = manifest.encoding
+    sections = () if kind is RoundKind.STATISTICS else (Section(manifest.tensor_table.size, terms.clip),)
+    return Encoding(
+        bits=terms.bits,
+        participants=len(manifest.participants),
+        cap=terms.cap,
+        sections=sections,
+        loss_max=terms.loss_max,
+        losses=manifest.loss_words,
+    )
+
+
+def _durable(state: Round) -> Round:
+    """The round without what a restart forgets."""
+    return replace(state, sites={name: replace(site, **_TRANSIENT) for name, site in state.sites.items()})  # type: ignore[arg-type]  # Site's own fields
+
+
+def _what(event: Event, before: Round, after: Round) -> str:
+    return (
+        type(event).__name__
+        if not isinstance(event, Tick | Progressed)
+        else f"{before.phase} ended"
+        if after.phase != before.phase
+        else "late"
+    )
+
+
+def _steady_clock() -> Callable[[], float]:
+    """UTC seconds that never jump within the process: the wall clock once, then the monotonic one."""
+    offset = time.time() - time.monotonic()
+    return lambda: offset + time.monotonic()

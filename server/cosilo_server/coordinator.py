@@ -1,0 +1,256 @@
+"""`cosilo-coordinator serve`: builds the coordinator from its parts, serves until it is told to stop, stops gracefully.
+
+The one place where the parts are put together. Must not import torch, nor decide anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import grpc.aio
+import structlog
+import typer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from cosilo_common.errors import CosiloError
+from cosilo_common.identity.certificates import CHAIN_BYTES_MAX
+from cosilo_common.identity.folder import MEMBERS_FILE, load_identity
+from cosilo_common.identity.members import MEMBERS_BYTES_MAX
+from cosilo_common.identity.names import Role, expect_peer, peer_from_certificate
+from cosilo_common.identity.secret_files import read_public
+from cosilo_common.identity.tls import (
+    ENROLMENT_REQUEST_BYTES_MAX,
+    enrolment_server_credentials,
+    server_credentials,
+    server_options,
+)
+from cosilo_common.rpc.v1 import admin_pb2_grpc, enrolment_pb2_grpc, site_pb2_grpc
+from cosilo_common.telemetry import configure_logging, serve_telemetry
+from cosilo_common.transfer import free_bytes
+from cosilo_server.artifacts import Artifacts
+from cosilo_server.authority import Authority
+from cosilo_server.closing import RoundCloser
+from cosilo_server.conductor import Conductor
+from cosilo_server.config import CoordinatorConfig, split_host_port
+from cosilo_server.enrolment import EnrolmentDesk
+from cosilo_server.evaluation import Evaluation
+from cosilo_server.membership import StoredInvitations, StoredMembers
+from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.registry import RunRegistry
+from cosilo_server.services.admin import AdminService
+from cosilo_server.services.enrolment import EnrolmentService
+from cosilo_server.services.federation import SiteService
+from cosilo_server.services.gate import Gate
+from cosilo_server.services.summaries import Summaries
+from cosilo_server.services.uploads import UploadDesk
+from cosilo_server.spool import Spool
+from cosilo_server.store import Store
+
+log = structlog.get_logger(__name__)
+
+STOP_GRACE_S = 5.0  # calls in flight may end; sites resume the rest
+SERVICES = ("cosilo.v1.SiteService", "cosilo.v1.AdminService")
+
+app = typer.Typer(add_completion=False, help="The coordinator of a Cosilo federation.", no_args_is_help=True)
+
+
+@app.callback()
+def _commands() -> None:
+    """The coordinator of a Cosilo federation."""
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Option(help="coordinator.toml, as `cosilo init` made it")] = Path("/etc/cosilo/coordinator.toml"),
+) -> None:
+    """Serve the federation until SIGTERM or SIGINT."""
+    try:
+        settings = CoordinatorConfig.read(config)
+        configure_logging("json" if settings.log.json_lines else "console", settings.log.level)
+        asyncio.run(_serve(settings))
+    except CosiloError as error:
+        typer.echo(f"error: {error.operation}: {error.subject}", err=True)
+        if error.hint:
+            typer.echo(f"hint: {error.hint}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+async def _serve(config: CoordinatorConfig) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    config.paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _only_one(config.paths.data):
+        coordinator = Coordinator(config)
+        await coordinator.start()
+        try:
+            await stopping.wait()
+        finally:
+            await coordinator.stop()
+
+
+class Coordinator:
+    """One coordinator, whole. `endpoints` are the addresses that it listens on, once it has started."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self._config = config
+        identity = load_identity(config.paths.identity)
+        expect_peer(peer_from_certificate(read_public(identity.tls.certificate, CHAIN_BYTES_MAX)), config.federation, Role.COORDINATOR)
+        self._tls = identity.tls
+        data = config.paths.data
+        self._store = Store(data / "state.db")
+        self._artifacts = Artifacts(data / "artifacts")
+        self._spool = Spool(data / "spool")
+        self.metrics = CoordinatorMetrics()
+        founding = read_public(config.paths.identity / MEMBERS_FILE, MEMBERS_BYTES_MAX)
+        self._members = StoredMembers(self._store, config.federation, founding)
+        self._closer = RoundCloser(self._store, self._artifacts, self._spool)
+        self.conductor = Conductor(self._store, self._spool, self._closer, self.metrics)
+        self._authority = Authority.load(config.paths.identity)
+        self._servers: list[grpc.aio.Server] = []
+        self._serving = False
+        self.endpoints: dict[str, str] = {}
+
+    async def start(self) -> None:
+        """Opens the ports, resumes what was in progress, writes endpoints.json into the data folder. Raises CosiloError on a port in use."""
+        config, loop = self._config, asyncio.get_running_loop()
+
+        def announce() -> None:
+            loop.call_soon_threadsafe(self.conductor.announce)
+
+        self._members.on_change(announce)
+        desk = EnrolmentDesk(self._authority, StoredInvitations(self._store), self._members)
+        gate = Gate(config.federation, self._members.is_member, self.metrics)
+        uploads = UploadDesk(self.conductor, self._store, self._spool, self.metrics)
+        registry = RunRegistry(
+            self._store,
+            self._artifacts,
+            Evaluation(),
+            self.conductor,
+            self._members,
+            config.federation,
+            config.limits.sample_images_max,
+        )
+        software = f"cosilo-coordinator {version('cosilo-server')}"
+        summaries = Summaries(
+            config.federation, software, self._store, self._artifacts, self.conductor, self._members, self._certificate_expires
+        )
+        site_service = SiteService(
+            gate,
+            self.conductor,
+            self._store,
+            self._artifacts,
+            uploads,
+            self._members,
+            self.metrics,
+            config.limits.streams_per_site,
+        )
+        admin_service = AdminService(gate, self.conductor, self._store, self._members, desk, registry, summaries)
+
+        federation = grpc.aio.server(options=server_options())
+        site_pb2_grpc.add_SiteServiceServicer_to_server(site_service, federation)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin_service, federation)
+        health_servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, federation)
+        enrolment = grpc.aio.server(options=server_options(ENROLMENT_REQUEST_BYTES_MAX))
+        enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(EnrolmentService(desk, self.metrics), enrolment)
+
+        await self.conductor.start()
+        self.endpoints = {
+            "federation": await self._open(federation, config.listen.federation, server_credentials(self._tls)),
+            "enrolment": await self._open(enrolment, config.listen.enrolment, enrolment_server_credentials(self._tls)),
+        }
+        self._prepare_gauges()
+        self._telemetry, port = serve_telemetry(config.listen.metrics, self.metrics.registry, self._healthy, self._ready)
+        self.endpoints["metrics"] = f"{split_host_port(config.listen.metrics)[0]}:{port}"
+        for name in ("", *SERVICES):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._serving = True
+        _write_endpoints(config.paths.data / "endpoints.json", self.endpoints)
+        log.info("coordinator ready", federation_name=config.federation, **self.endpoints)
+
+    async def stop(self) -> None:
+        """Stops taking calls, lets those in flight end within a grace, leaves every round resumable."""
+        self._serving = False
+        await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+        await self.conductor.stop()
+        self._telemetry.close()
+        self._store.close()
+        log.info("coordinator stopped")
+
+    async def _open(self, server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials) -> str:
+        try:
+            port = server.add_secure_port(listen, credentials)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise CosiloError("listen", f"{listen} cannot be bound", "stop what uses the port, or choose another in coordinator.toml")
+        await server.start()
+        self._servers.append(server)
+        return f"{split_host_port(listen)[0]}:{port}"
+
+    def _prepare_gauges(self) -> None:
+        self.metrics.disk_free.set_function(lambda: free_bytes(self._artifacts.root))
+        self.metrics.certificate_expiry.labels(subject="coordinator").set_function(self._certificate_expires)
+
+    def _certificate_expires(self) -> float:
+        return peer_from_certificate(read_public(self._tls.certificate, CHAIN_BYTES_MAX)).not_after.timestamp()
+
+    def _healthy(self) -> tuple[bool, str]:
+        stalled_s = time.monotonic() - self.conductor.ticked_at
+        return stalled_s < 30.0, "ok" if stalled_s < 30.0 else f"the round machine has not ticked for {stalled_s:.0f} s"
+
+    def _ready(self) -> tuple[bool, str]:
+        if not self._serving:
+            return False, "not serving"
+        free = free_bytes(self._artifacts.root)
+        if free < self._config.limits.free_bytes_min:
+            return False, f"{free} bytes are free and {self._config.limits.free_bytes_min} are wanted"
+        if self._certificate_expires() < time.time():
+            return False, "the certificate has expired"
+        return self._healthy()
+
+
+@contextmanager
+def _only_one(data: Path) -> Iterator[None]:
+    """Holds the data folder's lock. Raises CosiloError where another coordinator does."""
+    path = data / "lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            raise CosiloError("start coordinator", f"{data}: process {holder} serves it already", "stop that one first") from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _write_endpoints(path: Path, endpoints: dict[str, str]) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(endpoints) + "\n")
+    scratch.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The members list and the invitations as the coordinator keeps them: stores what admins signed, and answers who belongs.
+
+Owns the newest list in memory. The coordinator can append a pre-approved site whose chain verifies (identity/endorsement.py) and nothing else:
+it holds no admin's key. Blocks on the disk; callers on an event loop use a thread, and one of them at a time changes the list (a lock).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from cosilo_common.errors import CosiloError
+from cosilo_common.identity.documents import parse_document
+from cosilo_common.identity.endorsement import PREAPPROVAL_BYTES_MAX, Endorsement, parse_preapproval
+from cosilo_common.identity.members import MEMBERS_BYTES_MAX, SignedMembers, read_members
+from cosilo_common.identity.names import Role
+from cosilo_server.enrolment import EnrolmentRecord, OpenInvitation
+from cosilo_server.store import Store
+
+
+class StoredMembers:
+    """Who belongs to the federation. founding: the list that `cosilo init` made, for a new data folder."""
+
+    def __init__(self, store: Store, federation: str, founding: bytes, changed: Callable[[], None] = lambda: None) -> None:
+        self._store = store
+        self._federation = federation
+        self._changed = changed
+        self._lock = threading.Lock()
+        stored = store.newest_members()
+        first = parse_document(SignedMembers, founding, MEMBERS_BYTES_MAX, "read members list")
+        anchor = first.anchor()
+        self._newest = read_members(stored or founding, federation, anchor)
+        if stored is None:
+            store.put_members(*self._newest.revision, founding)
+
+    def on_change(self, changed: Callable[[], None]) -> None:
+        """Called, from whichever thread, after the list has changed."""
+        self._changed = changed
+
+    def newest(self) -> SignedMembers:
+        """The newest list."""
+        return self._newest
+
+    def version(self) -> int:
+        """Grows with every change, endorsements included: version times 2^16 plus endorsements."""
+        version, revision = self._newest.revision
+        return (version << 16) + revision
+
+    def data(self) -> bytes:
+        """The newest list as it travels."""
+        return self._newest.canonical()
+
+    def is_member(self, role: Role, name: str) -> bool:
+        """Whether the name stands in the list in this role."""
+        entry = self._newest.member(name)
+        return entry is not None and entry.role is role
+
+    def put(self, data: bytes) -> None:
+        """Takes the next version from an admin. Raises CosiloError where a signature does not hold or it does not follow."""
+        with self._lock:
+            offered = read_members(data, self._federation, self._newest.anchor(), self._newest)
+            self._keep(self._newest.succeeded_by(offered))
+
+    def endorse(self, endorsement: Endorsement) -> SignedMembers:
+        """Appends a pre-approved site. Raises CosiloError where its chain does not hold."""
+        with self._lock:
+            endorsed = self._newest.endorse(endorsement)
+            if endorsed is not self._newest:
+                self._keep(endorsed)
+            return self._newest
+
+    def _keep(self, members: SignedMembers) -> None:
+        self._store.put_members(*members.revision, members.canonical())
+        self._newest = members
+        self._changed()
+
+
+class StoredInvitations:
+    """The coordinator's invitation book, in its store (enrolment.InvitationBook)."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def put(self, invitation: OpenInvitation) -> None:
+        """Keeps an invitation. Raises CosiloError where its token is there already."""
+        added = self._store.add_invitation(
+            {
+                "token_public": invitation.token_public,
+                "name": invitation.name,
+                "role": invitation.role.value,
+                "expires_unix_s": invitation.expires_unix_s,
+                "preapproval": invitation.preapproval.canonical() if invitation.preapproval else b"",
+            }
+        )
+        if not added:
+            raise CosiloError("invite", f"{invitation.name}: this token was used for an invitation before", "invite again")
+
+    def find(self, token_public: bytes) -> OpenInvitation | None:
+        """The invitation with this token, used or not."""
+        row = self._store.invitation(token_public)
+        if row is None:
+            return None
+        preapproval = parse_preapproval(row["preapproval"]) if row["preapproval"] else None
+        return OpenInvitation(row["name"], Role(row["role"]), row["token_public"], row["expires_unix_s"], preapproval)
+
+    def enrolment(self, token_public: bytes) -> EnrolmentRecord | None:
+        """What came of it, if it was used."""
+        row = self._store.enrolment(token_public)
+        if row is None:
+            return None
+        fields = {
+            key: row[key] for key in ("token_public", "name", "signing_key", "tls_key_digest", "certificate_chain", "enrolled_unix_s")
+        }
+        endorsement = _parse_endorsement(row["endorsement"]) if row["endorsement"] else None
+        return EnrolmentRecord(**fields, role=Role(row["role"]), endorsement=endorsement)
+
+    def burn(self, record: EnrolmentRecord) -> EnrolmentRecord:
+        """Uses the token up with this record unless it was used before; returns the record that stands."""
+        self._store.add_enrolment(
+            {
+                "token_public": record.token_public,
+                "name": record.name,
+                "role": record.role.value,
+                "signing_key": record.signing_key,
+                "tls_key_digest": record.tls_key_digest,
+                "certificate_chain": record.certificate_chain,
+                "enrolled_unix_s": record.enrolled_unix_s,
+                "endorsement": record.endorsement.canonical() if record.endorsement else b"",
+            }
+        )
+        standing = self.enrolment(record.token_public)
+        assert standing is not None  # one row was just made to stand, ours or an earlier one
+        return standing
+
+
+def _parse_endorsement(data: bytes) -> Endorsement:
+    return parse_document(Endorsement, data, 2 * PREAPPROVAL_BYTES_MAX, "read endorsement")

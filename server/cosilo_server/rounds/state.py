@@ -1,0 +1,158 @@
+"""What a round is: frozen values only.
+
+A round is folded from verified messages; `sites` holds what each site has delivered, verbatim, because later phases send it on. Fields under
+"transient" are not persisted: after a restart they start anew and the watch over progress with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from cosilo_common.secagg.messages import RoundKind
+
+
+class Phase(StrEnum):
+    """Where a round stands, in the order of the protocol (PROTOCOL.md, Phases)."""
+
+    GATHERING = "gathering"
+    TRAINING = "training"
+    SHARING = "sharing"
+    UPLOADING = "uploading"
+    CONSENTING = "consenting"
+    REVEALING = "revealing"
+    OPENING = "opening"
+    CLOSED = "closed"
+    ABANDONED = "abandoned"
+
+
+ENDED = frozenset({Phase.CLOSED, Phase.ABANDONED})
+
+
+class Activity(StrEnum):
+    """What a site says it is doing, in the order in which it does it."""
+
+    IDLE = "idle"
+    FETCHING = "fetching"
+    TRAINING = "training"
+    MASKING = "masking"
+    UPLOADING = "uploading"
+    WAITING = "waiting"
+
+
+ACTIVITY_ORDER = {activity: place for place, activity in enumerate(Activity)}
+
+
+class DeclineCode(StrEnum):
+    """Why a site does not take part."""
+
+    NOT_ACCEPTED = "not accepted"
+    POLICY = "policy"
+    PROTOCOL = "protocol"
+    DATA = "data"
+    TRAINER = "trainer"
+    DISK = "disk"
+    PAUSED = "paused"
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds without progress after which a site is left out of the phase."""
+
+    gather_s: float
+    training_s: float
+    sharing_s: float
+    uploading_s: float
+    consenting_s: float
+    revealing_s: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a round needs of its run's manifest. participants: sorted names; cohort: sites to invite, 0 for all."""
+
+    participants: tuple[str, ...]
+    secure: bool
+    n_min: int
+    f: int
+    cohort: int
+    deadlines: Deadlines
+
+    @property
+    def least_invited(self) -> int:
+        """R1: |I| >= max(n_min, f + 2) under masks; n_min in plain sum."""
+        return max(self.n_min, self.f + 2) if self.secure else self.n_min
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A whole upload, on disk, whose digest was checked. statement: the site's signed message that names digest and size."""
+
+    statement: bytes
+    digest: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One participant in this round: what it delivered, and how it stands."""
+
+    advert: bytes | None = None
+    shares: bytes | None = None
+    upload: Upload | None = None
+    consent: bytes | None = None
+    reveal: bytes | None = None
+    complaints: tuple[str, ...] = ()  # dealers it complained of, over all attempts
+    declined: DeclineCode | None = None
+    late: bool = False
+    # transient
+    connected: bool = False
+    activity: Activity = Activity.IDLE
+    tenths: int = 0
+    bytes_moved: int = 0
+    progressed_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round, whole.
+
+    run, base_digest, seed: 32 bytes; base_bytes: length of the weights artifact; encoding: its canonical bytes; seed: chooses the cohort.
+    invited, roster, survivors: PROTOCOL.md's I, U1 and U3, sorted. Times are UTC seconds as handed in with each event.
+    """
+
+    run: bytes
+    number: int
+    kind: RoundKind
+    terms: Terms
+    base_digest: bytes
+    base_bytes: int
+    encoding: bytes
+    seed: bytes
+    started_at: float
+    phase: Phase = Phase.GATHERING
+    phase_since: float = 0.0
+    attempt: int = 1
+    sites: Mapping[str, Site] = field(default_factory=dict)
+    invited: tuple[str, ...] = ()
+    roster: tuple[str, ...] = ()
+    survivors: tuple[str, ...] = ()
+    checkpoint: bytes = b""
+    reason: str = ""
+    ended_at: float = 0.0
+
+    @property
+    def threshold(self) -> int:
+        """R1: t = floor((|I| + f) / 2) + 1."""
+        return (len(self.invited) + self.terms.f) // 2 + 1
+
+    @property
+    def quorum(self) -> int:
+        """Fewest sites that may stand in a roster or a survivor set."""
+        return max(self.threshold, self.terms.n_min) if self.terms.secure else self.terms.n_min
+
+    @property
+    def ended(self) -> bool:
+        """Closed or abandoned."""
+        return self.phase in ENDED

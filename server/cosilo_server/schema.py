@@ -1,0 +1,135 @@
+"""The coordinator's tables. Owns columns and their meaning; queries are in store.py.
+
+Times are UTC seconds; digests, runs and keys are raw bytes. Bump SCHEMA_VERSION with every change.
+"""
+
+from sqlalchemy import Column, Float, ForeignKeyConstraint, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, String, Table, Text
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+members = Table(
+    "members",
+    metadata,
+    Column("version", Integer, primary_key=True),
+    Column("revision", Integer, primary_key=True),  # how many endorsed entries were appended since an admin signed this version
+    Column("list", LargeBinary, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+invitations = Table(
+    "invitations",
+    metadata,
+    Column("token_public", LargeBinary, primary_key=True),
+    Column("name", String(63), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("expires_unix_s", Integer, nullable=False),
+    Column("preapproval", LargeBinary, nullable=False),  # empty where an admin will approve by hand
+    Column("invited_at", Float, nullable=False),
+)
+
+# What came of an invitation; a row here is what makes its token one-time.
+enrolments = Table(
+    "enrolments",
+    metadata,
+    Column("token_public", LargeBinary, primary_key=True),
+    Column("name", String(63), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("signing_key", LargeBinary, nullable=False),
+    Column("tls_key_digest", LargeBinary, nullable=False),
+    Column("certificate_chain", LargeBinary, nullable=False),
+    Column("enrolled_unix_s", Integer, nullable=False),
+    Column("endorsement", LargeBinary, nullable=False),  # empty where there was no pre-approval
+    ForeignKeyConstraint(["token_public"], ["invitations.token_public"]),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run", LargeBinary, primary_key=True),
+    Column("manifest", LargeBinary, nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+    Column("signer", String(63), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("stopped", Integer, nullable=False, default=0),
+)
+
+# What admins asked for: rounds of a kind, worked off in the order of their ids.
+orders = Table(
+    "orders",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("run", LargeBinary, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("wanted", Integer, nullable=False),
+    Column("closed", Integer, nullable=False, default=0),
+    Column("cancelled", Integer, nullable=False, default=0),
+    Column("ordered_at", Float, nullable=False),
+    ForeignKeyConstraint(["run"], ["runs.run"]),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("run", LargeBinary, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("state", Text, nullable=False),  # rounds/record.py
+    Column("phase", String(16), nullable=False),
+    Column("bytes_down", Integer, nullable=False, default=0),
+    Column("bytes_up", Integer, nullable=False, default=0),
+    Column("outcome", Text, nullable=False, default=""),  # JSON of aggregation.RoundOutcome, once the sum is open
+    PrimaryKeyConstraint("run", "number"),
+    ForeignKeyConstraint(["run"], ["runs.run"]),
+)
+
+# Messages of rounds in progress, by digest; dropped when the round ends.
+messages = Table(
+    "messages",
+    metadata,
+    Column("run", LargeBinary, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("message", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("run", "number", "digest"),
+)
+
+# What moved each round, for `cosilo round trace` and for people; never replayed.
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("run", LargeBinary, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("what", String(32), nullable=False),
+    Column("site", String(63), nullable=False, default=""),
+    Column("phase", String(16), nullable=False),
+    Column("attempt", Integer, nullable=False),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("run", LargeBinary, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("weights", LargeBinary, nullable=False),
+    Column("ema", LargeBinary, nullable=False),
+    Column("optimiser", LargeBinary, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+    PrimaryKeyConstraint("run", "round"),
+    ForeignKeyConstraint(["run"], ["runs.run"]),
+)
+
+sites_seen = Table(
+    "sites_seen",
+    metadata,
+    Column("site", String(63), primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("address", String(256), nullable=False),
+    Column("software", String(64), nullable=False),
+    Column("certificate_expires_at", Float, nullable=False),
+)

@@ -1,0 +1,70 @@
+"""GetArtifact's sending half: chunks from an offset, counted, and told to the round as the site's progress."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+
+from cosilo_common.errors import CosiloError
+from cosilo_common.identity.names import Peer, Role
+from cosilo_common.rpc.v1 import site_pb2
+from cosilo_common.transfer import FileSource
+from cosilo_server.artifacts import Artifacts
+from cosilo_server.conductor import Conductor
+from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.rounds.events import Progressed
+from cosilo_server.rounds.state import Activity, Round
+from cosilo_server.services.gate import Context, Gate
+from cosilo_server.store import Store
+
+PROGRESS_EVERY_CHUNKS = 16  # 16 MiB: often enough against a deadline of minutes, seldom enough to cost nothing
+
+
+async def send_artifact(
+    gate: Gate,
+    conductor: Conductor,
+    store: Store,
+    metrics: CoordinatorMetrics,
+    artifacts: Artifacts,
+    peer: Peer,
+    request: site_pb2.GetArtifactRequest,
+    context: Context,
+) -> AsyncIterator[site_pb2.GetArtifactResponse]:
+    """Chunks of an artifact that the caller may have, from the offset to the end."""
+    site = peer.name.name
+    sent, began = 0, time.monotonic()
+    serving = _round_served(conductor, site, request.digest) if peer.name.role is Role.SITE else None
+    try:
+        source = await asyncio.to_thread(FileSource, artifacts.path(request.digest.hex()))
+    except CosiloError as error:
+        await gate.refuse(context, error)
+    try:
+        if request.offset > source.size:
+            await gate.abort(
+                context, grpc.StatusCode.OUT_OF_RANGE, "offset", f"offset {request.offset} is past the artifact's {source.size} bytes"
+            )
+        yield site_pb2.GetArtifactResponse(total_bytes=source.size)
+        offset, count = request.offset, 0
+        while chunk := await asyncio.to_thread(source.chunk_at, offset):
+            yield site_pb2.GetArtifactResponse(data=chunk)
+            offset += len(chunk)
+            sent += len(chunk)
+            count += 1
+            if serving is not None and count % PROGRESS_EVERY_CHUNKS == 0:
+                await conductor.handle(serving.run, Progressed(site, Activity.FETCHING, 10 * offset // source.size, offset))
+        metrics.transfer_duration.labels(direction="down").observe(time.monotonic() - began)
+    finally:
+        source.close()
+        if peer.name.role is Role.SITE:
+            metrics.transfer_bytes.labels(direction="down", site=site).inc(sent)
+        if serving is not None:
+            await asyncio.to_thread(store.add_bytes, serving.run, serving.number, sent, 0)
+
+
+def _round_served(conductor: Conductor, site: str, digest: bytes) -> Round | None:
+    """The round in progress whose weights the site is fetching."""
+    rounds = (conductor.round(run) for run in conductor.runs_of(site))
+    return next((r for r in rounds if r is not None and not r.ended and r.base_digest == digest), None)

@@ -1,0 +1,235 @@
+"""SiteService: what sites call on the federation port."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from cosilo_common.errors import CosiloError
+from cosilo_common.identity.names import Peer, Role
+from cosilo_common.rpc.v1 import site_pb2, site_pb2_grpc
+from cosilo_common.secagg.messages import Signed
+from cosilo_common.secagg.violation import ProtocolViolation, Rule
+from cosilo_server.artifacts import Artifacts
+from cosilo_server.conductor import Conductor
+from cosilo_server.membership import StoredMembers
+from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.rounds.events import Declined, Progressed
+from cosilo_server.services.downloads import send_artifact
+from cosilo_server.services.gate import Context, Gate
+from cosilo_server.services.translation import ACTIVITY_FROM_WIRE, DECLINE_FROM_WIRE, assignment_to_wire
+from cosilo_server.services.uploads import UploadDesk
+from cosilo_server.store import SiteSeen, Store
+from cosilo_server.verification import is_repeat, verified_event
+
+log = structlog.get_logger(__name__)
+
+PROTOCOL_VERSION = 1
+HELLO_TIMEOUT_S = 20.0  # a first message follows the stream at once; a stream without one holds a slot for nothing
+SOFTWARE_CHARS_MAX = 64
+
+
+class SiteService(site_pb2_grpc.SiteServiceServicer):
+    """Every method passes the gate first, and touches only what the caller's certificate allows."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        conductor: Conductor,
+        store: Store,
+        artifacts: Artifacts,
+        uploads: UploadDesk,
+        members: StoredMembers,
+        metrics: CoordinatorMetrics,
+        streams_per_site: int,
+    ) -> None:
+        self._gate = gate
+        self._conductor = conductor
+        self._store = store
+        self._artifacts = artifacts
+        self._uploads = uploads
+        self._members = members
+        self._metrics = metrics
+        self._streams_max = streams_per_site
+        self._streams: dict[str, int] = {}
+
+    async def Attend(
+        self, request_iterator: AsyncIterator[site_pb2.AttendRequest], context: Context
+    ) -> AsyncIterator[site_pb2.AttendResponse]:
+        peer = await self._gate.site(context)
+        site = peer.name.name
+        if self._streams.get(site, 0) >= self._streams_max:
+            await self._gate.abort(
+                context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too_many_streams", f"{site} has {self._streams_max} streams open already"
+            )
+        self._streams[site] = self._streams.get(site, 0) + 1
+        try:
+            await self._hello(peer, request_iterator, context)
+            await self._conductor.attend(site, True)
+            try:
+                async for response in self._snapshots(peer, request_iterator, context):
+                    yield response
+            finally:
+                await self._conductor.attend(site, False)
+                log.info("site disconnected", site=site)
+        finally:
+            self._streams[site] -= 1
+
+    async def _hello(self, peer: Peer, requests: AsyncIterator[site_pb2.AttendRequest], context: Context) -> None:
+        try:
+            first = await asyncio.wait_for(anext(aiter(requests)), HELLO_TIMEOUT_S)
+        except (TimeoutError, StopAsyncIteration):
+            await self._gate.abort(context, grpc.StatusCode.INVALID_ARGUMENT, "no_hello", "the first message of a stream is `hello`")
+        if first.WhichOneof("what") != "hello":
+            await self._gate.abort(context, grpc.StatusCode.INVALID_ARGUMENT, "no_hello", "the first message of a stream is `hello`")
+        hello = first.hello
+        if hello.protocol_version != PROTOCOL_VERSION:
+            await self._gate.abort(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "protocol_version",
+                f"hello.protocol_version {hello.protocol_version}: this coordinator speaks {PROTOCOL_VERSION}; upgrade the older side",
+            )
+        software = hello.software[:SOFTWARE_CHARS_MAX]
+        seen = SiteSeen(peer.name.name, time.time(), context.peer(), software, peer.not_after.timestamp())
+        await asyncio.to_thread(self._store.saw_site, seen)
+        self._metrics.site_last_seen.labels(site=seen.site).set(seen.at)
+        self._metrics.certificate_expiry.labels(subject=f"site/{seen.site}").set(seen.certificate_expires_at)
+        log.info("site connected", site=seen.site, peer=context.peer(), software=software)
+
+    async def _snapshots(
+        self, peer: Peer, requests: AsyncIterator[site_pb2.AttendRequest], context: Context
+    ) -> AsyncIterator[site_pb2.AttendResponse]:
+        site = peer.name.name
+        reader = asyncio.ensure_future(self._read(site, requests))
+        told: object = None
+        try:
+            async with self._conductor.watch() as changed:
+                while not reader.done():
+                    await _either(changed, reader)
+                    changed.clear()
+                    if not self._gate.still_member(peer):
+                        await self._gate.abort(
+                            context, grpc.StatusCode.PERMISSION_DENIED, "revoked", f"{peer.name} is no longer a member of this federation"
+                        )
+                    owed = self._conductor.owed(site)
+                    version = self._members.version()
+                    if (owed, version) != told:
+                        told = (owed, version)
+                        yield site_pb2.AttendResponse(
+                            owed=[assignment_to_wire(one) for one in owed], members_version=version, protocol_version=PROTOCOL_VERSION
+                        )
+            if (error := reader.exception()) is not None:
+                raise error
+        finally:
+            reader.cancel()
+
+    async def _read(self, site: str, requests: AsyncIterator[site_pb2.AttendRequest]) -> None:
+        async for request in requests:
+            self._metrics.site_last_seen.labels(site=site).set(time.time())
+            match request.WhichOneof("what"):
+                case "progress":
+                    said = request.progress
+                    activity = ACTIVITY_FROM_WIRE.get(said.activity)
+                    current = self._conductor.round(said.run)
+                    if activity is not None and current is not None and current.number == said.round:
+                        await self._conductor.handle(said.run, Progressed(site, activity, said.tenths, said.bytes))
+                case "decline":
+                    declined = request.decline
+                    code = DECLINE_FROM_WIRE.get(declined.code)
+                    current = self._conductor.round(declined.run)
+                    if code is not None and current is not None and current.number == declined.round:
+                        log.warning("site declines", site=site, run=declined.run.hex()[:12], round=declined.round, code=code)
+                        await self._conductor.handle(declined.run, Declined(site, code))
+                case _:
+                    self._metrics.rejected.labels(reason="unknown_attend").inc()
+
+    async def GetArtifact(self, request: site_pb2.GetArtifactRequest, context: Context) -> AsyncIterator[site_pb2.GetArtifactResponse]:
+        peer = await self._gate.site_or_admin(context)
+        digest = request.digest.hex()
+        if peer.name.role is Role.SITE:
+            await self._may_fetch(peer.name.name, request.digest, context)
+        if not await asyncio.to_thread(self._artifacts.has, digest if len(request.digest) == 32 else "0" * 64):
+            await self._gate.abort(context, grpc.StatusCode.NOT_FOUND, "unknown_artifact", f"digest {digest[:12]} is not in the store")
+        async for response in send_artifact(
+            self._gate, self._conductor, self._store, self._metrics, self._artifacts, peer, request, context
+        ):
+            yield response
+
+    async def _may_fetch(self, site: str, digest: bytes, context: Context) -> None:
+        """A site may fetch the weights of its own runs, and nothing else."""
+        mine = set(self._conductor.runs_of(site))
+        found = await asyncio.to_thread(self._store.checkpoint_of, digest)
+        if not any(c.run in mine and c.weights == digest for c in found):
+            await self._gate.abort(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                "not_your_artifact",
+                f"digest {digest.hex()[:12]} is not the weights of a run of {site}",
+            )
+
+    async def PutUpdate(
+        self, request_iterator: AsyncIterator[site_pb2.PutUpdateRequest], context: Context
+    ) -> AsyncIterator[site_pb2.PutUpdateResponse]:
+        peer = await self._gate.site(context)
+        try:
+            async for response in self._uploads.receive(peer.name.name, request_iterator):
+                yield response
+        except CosiloError as error:
+            await self._gate.refuse(context, error)
+
+    async def Submit(self, request: site_pb2.SubmitRequest, context: Context) -> site_pb2.SubmitResponse:
+        peer = await self._gate.site(context)
+        try:
+            await self._submit(peer.name.name, request.message)
+        except CosiloError as error:
+            await self._gate.refuse(context, error)
+        return site_pb2.SubmitResponse()
+
+    async def _submit(self, site: str, message: bytes) -> None:
+        signed = Signed.decode(message)
+        if signed.site != site:
+            raise ProtocolViolation(Rule.SIGNATURE, f"{site} submitted a message that names {signed.site}")
+        manifest, state = self._conductor.manifest(signed.run), self._conductor.round(signed.run)
+        if manifest is None or state is None:
+            raise CosiloError("submit", f"run {signed.run.hex()[:12]} has no round", "wait for an assignment")
+        if is_repeat(state, site, message):
+            return
+        event = await asyncio.to_thread(verified_event, manifest, state, signed)
+        if refused := await self._conductor.handle(signed.run, event):
+            raise ProtocolViolation(Rule.ORDER, refused)
+
+    async def GetRun(self, request: site_pb2.GetRunRequest, context: Context) -> site_pb2.GetRunResponse:
+        peer = await self._gate.site(context)
+        run = await asyncio.to_thread(self._store.run, request.run)
+        if run is None or run.run not in self._conductor.runs_of(peer.name.name):
+            await self._gate.abort(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                "unknown_run",
+                f"run {request.run.hex()[:12]} does not name {peer.name.name} as a participant",
+            )
+        return site_pb2.GetRunResponse(manifest=run.manifest.canonical(), signature=run.signature, signer=run.signer)
+
+    async def ListMyRuns(self, request: site_pb2.ListMyRunsRequest, context: Context) -> site_pb2.ListMyRunsResponse:
+        peer = await self._gate.site(context)
+        return site_pb2.ListMyRunsResponse(runs=self._conductor.runs_of(peer.name.name))
+
+    async def GetMembers(self, request: site_pb2.GetMembersRequest, context: Context) -> site_pb2.GetMembersResponse:
+        await self._gate.site(context)
+        return site_pb2.GetMembersResponse(members=self._members.data())
+
+
+async def _either(changed: asyncio.Event, reader: asyncio.Future[None]) -> None:
+    """Waits for a change, or for the end of what the site says."""
+    waiter = asyncio.ensure_future(changed.wait())
+    either: set[asyncio.Future[Any]] = {waiter, reader}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiter.cancel()

@@ -1,0 +1,105 @@
+"""Who is calling, and may they? Every RPC passes here first: identity is the certificate, never a message.
+
+Owns the mapping from a peer's certificate to a role in this federation, and from refusals to gRPC statuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+import structlog
+
+from cosilo_common.errors import CosiloError
+from cosilo_common.identity.names import Peer, Role, peer_from_certificate
+from cosilo_common.secagg.violation import ProtocolViolation
+from cosilo_common.transfer import Refusal, TransferError
+from cosilo_server.metrics import CoordinatorMetrics
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+DETAIL_CHARS_MAX = 1000  # a status travels in a header, whose size gRPC bounds at 8 KiB
+
+_TRANSFER_STATUS = {
+    Refusal.BUSY: grpc.StatusCode.UNAVAILABLE,
+    Refusal.INCOMPLETE: grpc.StatusCode.UNAVAILABLE,
+    Refusal.DIGEST: grpc.StatusCode.DATA_LOSS,
+    Refusal.DISK: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+class Gate:
+    """Checks each caller's certificate against the federation and its members.
+
+    is_member(role, name) answers from the newest members list. TLS has already checked the chain.
+    """
+
+    def __init__(self, federation: str, is_member: Callable[[Role, str], bool], metrics: CoordinatorMetrics) -> None:
+        self._federation = federation
+        self._is_member = is_member
+        self._metrics = metrics
+        self._peer_of = lru_cache(maxsize=1024)(peer_from_certificate)
+
+    async def site(self, context: Context) -> Peer:
+        """The calling site; aborts the call for anybody else."""
+        return await self._expect(context, Role.SITE)
+
+    async def admin(self, context: Context) -> Peer:
+        """The calling admin; aborts the call for anybody else."""
+        return await self._expect(context, Role.ADMIN)
+
+    async def site_or_admin(self, context: Context) -> Peer:
+        """The caller, a site or an admin; aborts the call for anybody else."""
+        return await self._expect(context, Role.SITE, Role.ADMIN)
+
+    def still_member(self, peer: Peer) -> bool:
+        """Whether the peer still stands in the members list."""
+        return self._is_member(peer.name.role, peer.name.name)
+
+    async def _expect(self, context: Context, *roles: Role) -> Peer:
+        pems = list(context.auth_context().get("x509_pem_cert") or ())
+        if len(pems) != 1:
+            await self.abort(context, grpc.StatusCode.UNAUTHENTICATED, "no_certificate", "the call carries no client certificate")
+        try:
+            peer = self._peer_of(bytes(pems[0]))
+        except CosiloError as error:
+            await self.abort(context, grpc.StatusCode.UNAUTHENTICATED, "bad_certificate", str(error))
+        if peer.name.federation != self._federation:
+            await self.abort(
+                context, grpc.StatusCode.PERMISSION_DENIED, "wrong_federation", f"{peer.name.uri()} is not of federation {self._federation}"
+            )
+        if peer.name.role not in roles:
+            wanted = " or ".join(roles)
+            await self.abort(
+                context, grpc.StatusCode.PERMISSION_DENIED, "wrong_role", f"{peer.name} may not call this: it is for a {wanted}"
+            )
+        if not self.still_member(peer):
+            await self.abort(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                "not_a_member",
+                f"{peer.name} is not a member of {self._federation}; an admin adds it with `cosilo {peer.name.role} approve {peer.name.name}`",
+            )
+        return peer
+
+    async def abort(self, context: Context, code: grpc.StatusCode, reason: str, detail: str) -> NoReturn:
+        """Refuses a call: counted under `reason`, logged, told to the caller."""
+        self._metrics.rejected.labels(reason=reason).inc()
+        log.warning("call refused", peer=context.peer(), reason=reason, detail=detail)
+        await context.abort(code, detail[:DETAIL_CHARS_MAX])
+        raise AssertionError("abort returned")  # grpc's abort raises; this tells the type checker
+
+    async def refuse(self, context: Context, error: CosiloError) -> NoReturn:
+        """Refuses a call for an expected failure, with the status that fits it."""
+        code, reason = grpc.StatusCode.FAILED_PRECONDITION, "refused"
+        if isinstance(error, ProtocolViolation):
+            reason = "protocol"
+            self._metrics.refusals.labels(rule=error.rule).inc()
+        elif isinstance(error, TransferError):
+            code, reason = _TRANSFER_STATUS.get(error.refusal, grpc.StatusCode.INVALID_ARGUMENT), error.refusal.value
+        await self.abort(context, code, reason, str(error))

@@ -1,0 +1,380 @@
+"""What the coordinator must not forget: runs, orders, rounds, checkpoints, members and invitations, in one SQLite database.
+
+Owns queries. Must not know what an event means or when a round moves. Every method is one transaction; all may block on the disk, so the
+conductor calls them from its own thread. Persist, then speak: a commit here precedes every message that follows from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, delete, func, select, update
+from sqlalchemy.dialects.sqlite import insert
+
+from cosilo_common.database import open_database, prepare_schema, reading
+from cosilo_common.manifest import Manifest, parse_manifest
+from cosilo_common.secagg.messages import RoundKind
+from cosilo_server import schema
+from cosilo_server.rounds.record import dump, load
+from cosilo_server.rounds.state import ENDED, Deadlines, Round, Terms
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """One run as stored. run: 32 bytes."""
+
+    run: bytes
+    manifest: Manifest
+    signature: bytes
+    signer: str
+    created_at: float
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Order:
+    """Rounds that an admin asked for, and how many of them have closed."""
+
+    id: int
+    run: bytes
+    kind: RoundKind
+    wanted: int
+    closed: int
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """The artifacts of the global model after a round; digests are 32 bytes, empty where there is none."""
+
+    run: bytes
+    round: int
+    weights: bytes
+    ema: bytes
+    optimiser: bytes
+    bytes: int
+    created_at: float
+
+
+@dataclass(frozen=True)
+class StoredRound:
+    """A round with what the machine does not know. outcome: JSON, empty until the sum is open."""
+
+    state: Round
+    bytes_down: int
+    bytes_up: int
+    outcome: str
+
+
+@dataclass(frozen=True)
+class SiteSeen:
+    """When and whence a site was last connected."""
+
+    site: str
+    at: float
+    address: str
+    software: str
+    certificate_expires_at: float
+
+
+def terms_of(manifest: Manifest) -> Terms:
+    """What the round machine needs of a manifest."""
+    return Terms(
+        participants=tuple(p.name for p in manifest.participants),
+        secure=manifest.secure,
+        n_min=manifest.n_min,
+        f=manifest.f,
+        cohort=manifest.cohort,
+        deadlines=Deadlines(**manifest.deadlines.model_dump()),
+    )
+
+
+class Store:
+    """The coordinator's database. now: UTC seconds."""
+
+    def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
+        self._engine = open_database(path, synchronous="FULL")
+        prepare_schema(self._engine, schema.metadata, schema.SCHEMA_VERSION)
+        self._now = now
+        self._manifests: dict[bytes, Manifest] = {}
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # --- runs ---
+
+    def add_run(self, run: bytes, manifest: bytes, signature: bytes, signer: str, first: StoredCheckpoint) -> bool:
+        """Stores a run with its untrained checkpoint; False where it stands already."""
+        with self._engine.begin() as db:
+            row = {"run": run, "manifest": manifest, "signature": signature, "signer": signer, "created_at": self._now(), "stopped": 0}
+            added = db.execute(insert(schema.runs).values(row).on_conflict_do_nothing()).rowcount == 1
+            if added:
+                db.execute(insert(schema.checkpoints).values(_checkpoint_row(first)))
+            return added
+
+    def runs(self) -> list[StoredRun]:
+        """All runs, oldest first."""
+        with reading(self._engine) as db:
+            rows = db.execute(select(schema.runs).order_by(schema.runs.c.created_at, schema.runs.c.run)).mappings().all()
+        return [self._run(row) for row in rows]
+
+    def run(self, run: bytes) -> StoredRun | None:
+        with reading(self._engine) as db:
+            row = db.execute(select(schema.runs).where(schema.runs.c.run == run)).mappings().first()
+        return None if row is None else self._run(row)
+
+    def set_stopped(self, run: bytes, stopped: bool) -> None:
+        """Stops a run, cancelling what is still ordered, or lets it go on."""
+        with self._engine.begin() as db:
+            db.execute(update(schema.runs).where(schema.runs.c.run == run).values(stopped=int(stopped)))
+            if stopped:
+                db.execute(update(schema.orders).where(schema.orders.c.run == run).values(cancelled=1))
+
+    def _run(self, row: RowMapping) -> StoredRun:
+        manifest = self._manifests.get(row["run"])
+        if manifest is None:
+            manifest = self._manifests[row["run"]] = parse_manifest(row["manifest"])
+        return StoredRun(row["run"], manifest, row["signature"], row["signer"], row["created_at"], bool(row["stopped"]))
+
+    # --- orders ---
+
+    def add_order(self, run: bytes, kind: RoundKind, wanted: int) -> None:
+        """Asks for rounds; a stopped run goes on."""
+        with self._engine.begin() as db:
+            db.execute(update(schema.runs).where(schema.runs.c.run == run).values(stopped=0))
+            db.execute(insert(schema.orders).values(run=run, kind=kind, wanted=wanted, closed=0, cancelled=0, ordered_at=self._now()))
+
+    def open_order(self, run: bytes) -> Order | None:
+        """The oldest order that still lacks rounds."""
+        o = schema.orders
+        query = select(o).where(o.c.run == run, o.c.cancelled == 0, o.c.closed < o.c.wanted).order_by(o.c.id).limit(1)
+        with reading(self._engine) as db:
+            row = db.execute(query).mappings().first()
+        return None if row is None else Order(row["id"], row["run"], RoundKind(row["kind"]), row["wanted"], row["closed"])
+
+    def wanted(self, run: bytes, kind: RoundKind) -> tuple[int, int]:
+        """(rounds asked for and not cancelled, rounds closed) of a kind."""
+        o = schema.orders
+        query = select(func.coalesce(func.sum(o.c.wanted), 0)).where(o.c.run == run, o.c.kind == kind, o.c.cancelled == 0)
+        r = schema.rounds
+        done = select(func.count()).where(r.c.run == run, r.c.kind == kind, r.c.phase == "closed")
+        with reading(self._engine) as db:
+            return int(db.execute(query).scalar_one()), int(db.execute(done).scalar_one())
+
+    # --- rounds ---
+
+    def begin_round(self, state: Round) -> None:
+        """Stores a new round. Raises sqlalchemy.exc.IntegrityError where the number is taken."""
+        document, _ = dump(state)
+        with self._engine.begin() as db:
+            db.execute(
+                insert(schema.rounds).values(
+                    run=state.run,
+                    number=state.number,
+                    kind=state.kind,
+                    started_at=state.started_at,
+                    state=document,
+                    phase=state.phase,
+                    bytes_down=0,
+                    bytes_up=0,
+                    outcome="",
+                )
+            )
+            self._add_event(db, state, "started", "")
+
+    def save_round(self, state: Round, what: str, site: str = "") -> None:
+        """Stores a moved round, the new messages in it, and what moved it."""
+        document, blobs = dump(state)
+        with self._engine.begin() as db:
+            if state.phase in ENDED:
+                db.execute(delete(schema.messages).where(*_at(schema.messages, state.run, state.number)))
+            else:
+                for digest, message in blobs.items():
+                    row = {"run": state.run, "number": state.number, "digest": digest, "message": message}
+                    db.execute(insert(schema.messages).values(row).on_conflict_do_nothing())
+            where = _at(schema.rounds, state.run, state.number)
+            db.execute(update(schema.rounds).where(*where).values(state=document, phase=state.phase))
+            self._add_event(db, state, what, site)
+
+    def close_round(self, state: Round, outcome: str, checkpoint: StoredCheckpoint | None) -> None:
+        """In one transaction: the round closes, its outcome stands, its checkpoint is the newest, and its order has one round less to go."""
+        document, _ = dump(state)
+        with self._engine.begin() as db:
+            where = _at(schema.rounds, state.run, state.number)
+            db.execute(update(schema.rounds).where(*where).values(state=document, phase=state.phase, outcome=outcome))
+            db.execute(delete(schema.messages).where(*_at(schema.messages, state.run, state.number)))
+            if checkpoint is not None:
+                db.execute(insert(schema.checkpoints).values(_checkpoint_row(checkpoint)))
+            o = schema.orders
+            oldest = (
+                select(func.min(o.c.id))
+                .where(o.c.run == state.run, o.c.kind == state.kind, o.c.cancelled == 0, o.c.closed < o.c.wanted)
+                .scalar_subquery()
+            )
+            db.execute(update(o).where(o.c.id == oldest).values(closed=o.c.closed + 1))
+            self._add_event(db, state, "closed", "")
+
+    def add_bytes(self, run: bytes, number: int, down: int, up: int) -> None:
+        """Adds to what a round transferred."""
+        r = schema.rounds
+        values = {"bytes_down": r.c.bytes_down + down, "bytes_up": r.c.bytes_up + up}
+        with self._engine.begin() as db:
+            db.execute(update(r).where(*_at(r, run, number)).values(values))
+
+    def newest_round(self, run: bytes) -> StoredRound | None:
+        """The run's round with the highest number."""
+        rounds = self._rounds(run, limit=1)
+        return rounds[0] if rounds else None
+
+    def rounds(self, run: bytes) -> list[StoredRound]:
+        """A run's rounds, oldest first."""
+        return self._rounds(run, limit=None)[::-1]
+
+    def abandoned_since_close(self, run: bytes) -> int:
+        """How many rounds were abandoned since the last that closed."""
+        r = schema.rounds
+        last = select(func.coalesce(func.max(r.c.number), 0)).where(r.c.run == run, r.c.phase == "closed").scalar_subquery()
+        query = select(func.count()).where(r.c.run == run, r.c.phase == "abandoned", r.c.number > last)
+        with reading(self._engine) as db:
+            return int(db.execute(query).scalar_one())
+
+    def events(self, run: bytes, number: int) -> Sequence[RowMapping]:
+        """What moved a round, in order."""
+        e = schema.events
+        with reading(self._engine) as db:
+            return db.execute(select(e).where(*_at(e, run, number)).order_by(e.c.id)).mappings().all()
+
+    def _rounds(self, run: bytes, limit: int | None) -> list[StoredRound]:
+        stored = self.run(run)
+        if stored is None:
+            return []
+        r, m = schema.rounds, schema.messages
+        with reading(self._engine) as db:
+            rows = db.execute(select(r).where(r.c.run == run).order_by(r.c.number.desc()).limit(limit)).mappings().all()
+            live = [row["number"] for row in rows if row["phase"] not in ENDED]
+            found = db.execute(select(m.c.digest, m.c.message).where(m.c.run == run, m.c.number.in_(live))).all()
+        blobs = {bytes(digest): bytes(message) for digest, message in found}
+        terms = terms_of(stored.manifest)
+        return [_stored_round(row, terms, blobs if row["phase"] not in ENDED else _Forgotten()) for row in rows]
+
+    def _add_event(self, db: Connection, state: Round, what: str, site: str) -> None:
+        db.execute(
+            insert(schema.events).values(
+                run=state.run, number=state.number, at=self._now(), what=what, site=site, phase=state.phase, attempt=state.attempt
+            )
+        )
+
+    # --- checkpoints ---
+
+    def checkpoints(self, run: bytes) -> list[StoredCheckpoint]:
+        """A run's checkpoints, oldest first."""
+        c = schema.checkpoints
+        with reading(self._engine) as db:
+            rows = db.execute(select(c).where(c.c.run == run).order_by(c.c.round)).mappings().all()
+        return [StoredCheckpoint(**row) for row in rows]
+
+    def newest_checkpoint(self, run: bytes) -> StoredCheckpoint | None:
+        c = schema.checkpoints
+        with reading(self._engine) as db:
+            row = db.execute(select(c).where(c.c.run == run).order_by(c.c.round.desc()).limit(1)).mappings().first()
+        return None if row is None else StoredCheckpoint(**row)
+
+    def checkpoint_of(self, weights: bytes) -> list[StoredCheckpoint]:
+        """Checkpoints whose weights, ema or optimiser artifact has this digest."""
+        c = schema.checkpoints
+        query = select(c).where((c.c.weights == weights) | (c.c.ema == weights) | (c.c.optimiser == weights))
+        with reading(self._engine) as db:
+            return [StoredCheckpoint(**row) for row in db.execute(query).mappings().all()]
+
+    # --- sites ---
+
+    def saw_site(self, seen: SiteSeen) -> None:
+        row = {k: getattr(seen, k) for k in ("site", "at", "address", "software", "certificate_expires_at")}
+        with self._engine.begin() as db:
+            db.execute(insert(schema.sites_seen).values(row).on_conflict_do_update(index_elements=["site"], set_=row))
+
+    def sites_seen(self) -> dict[str, SiteSeen]:
+        with reading(self._engine) as db:
+            rows = db.execute(select(schema.sites_seen)).mappings().all()
+        return {row["site"]: SiteSeen(**row) for row in rows}
+
+    # --- members and invitations: see membership.py, which owns their meaning ---
+
+    def newest_members(self) -> bytes | None:
+        m = schema.members
+        with reading(self._engine) as db:
+            row = db.execute(select(m.c.list).order_by(m.c.version.desc(), m.c.revision.desc()).limit(1)).first()
+        return None if row is None else bytes(row[0])
+
+    def put_members(self, version: int, revision: int, data: bytes) -> bool:
+        """Stores a members list; False where that version and revision stand already."""
+        row = {"version": version, "revision": revision, "list": data, "at": self._now()}
+        with self._engine.begin() as db:
+            return db.execute(insert(schema.members).values(row).on_conflict_do_nothing()).rowcount == 1
+
+    def add_invitation(self, row: Mapping[str, object]) -> bool:
+        """Stores a row of `schema.invitations`; False where the token stands already."""
+        values = {**row, "invited_at": self._now()}
+        with self._engine.begin() as db:
+            return db.execute(insert(schema.invitations).values(values).on_conflict_do_nothing()).rowcount == 1
+
+    def invitation(self, token_public: bytes) -> RowMapping | None:
+        i = schema.invitations
+        with reading(self._engine) as db:
+            return db.execute(select(i).where(i.c.token_public == token_public)).mappings().first()
+
+    def add_enrolment(self, row: Mapping[str, object]) -> bool:
+        """Stores a row of `schema.enrolments`; False where the token was used already."""
+        with self._engine.begin() as db:
+            return db.execute(insert(schema.enrolments).values(dict(row)).on_conflict_do_nothing()).rowcount == 1
+
+    def enrolment(self, token_public: bytes) -> RowMapping | None:
+        e = schema.enrolments
+        with reading(self._engine) as db:
+            return db.execute(select(e).where(e.c.token_public == token_public)).mappings().first()
+
+    def invitations(self) -> Sequence[RowMapping]:
+        """All invitations with what came of them (signing_key and enrolled_unix_s are None until then), newest first."""
+        i, e = schema.invitations, schema.enrolments
+        joined = i.outerjoin(e, i.c.token_public == e.c.token_public)
+        query = select(i, e.c.signing_key, e.c.enrolled_unix_s).select_from(joined).order_by(i.c.invited_at.desc())
+        with reading(self._engine) as db:
+            return db.execute(query).mappings().all()
+
+
+class _Forgotten(dict[bytes, bytes]):
+    """Stands in for the messages of an ended round, which are dropped."""
+
+    def __missing__(self, key: bytes) -> bytes:
+        return b""
+
+
+def _stored_round(row: RowMapping, terms: Terms, blobs: dict[bytes, bytes]) -> StoredRound:
+    state = load(
+        row["state"],
+        blobs,
+        run=row["run"],
+        number=row["number"],
+        kind=RoundKind(row["kind"]),
+        terms=terms,
+        started_at=row["started_at"],
+    )
+    return StoredRound(state, row["bytes_down"], row["bytes_up"], row["outcome"])
+
+
+def _at(table: Table, run: bytes, number: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return table.c.run == run, table.c.number == number
+
+
+def _checkpoint_row(checkpoint: StoredCheckpoint) -> dict[str, object]:
+    return {
+        "run": checkpoint.run,
+        "round": checkpoint.round,
+        "weights": checkpoint.weights,
+        "ema": checkpoint.ema,
+        "optimiser": checkpoint.optimiser,
+        "bytes": checkpoint.bytes,
+        "created_at": checkpoint.created_at,
+    }

@@ -1,0 +1,438 @@
+"""The coordinator over real gRPC with real certificates; the test plays the admin and the sites by hand, byte by byte."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+import pytest_asyncio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cosilo_common.canonical import sha256
+from cosilo_common.diffusion.model import tensor_table
+from cosilo_common.diffusion.specification import Architecture, Sampling, Schedule, Training
+from cosilo_common.encoding import Encoding
+from cosilo_common.identity.keys import make_signing_key, public_bytes
+from cosilo_common.identity.members import sign_members
+from cosilo_common.identity.names import Role
+from cosilo_common.identity.tls import TlsFiles, federation_channel
+from cosilo_common.manifest import Deadlines, EncodingTerms, Manifest, Participant, sign_manifest
+from cosilo_common.rpc.v1 import admin_pb2, admin_pb2_grpc, site_pb2, site_pb2_grpc
+from cosilo_common.secagg.messages import Advert, MessageType, RoundKind, Signed, Upload, sign
+from cosilo_common.weights import open_vector
+from cosilo_server.config import CoordinatorConfig, Listen, Paths
+from cosilo_server.coordinator import Coordinator
+from tests.identity_parties import FEDERATION, Founded, found
+
+SITES = ("st-anna", "st-beda", "st-clara")
+TINY = Architecture(sample_size=4, in_channels=1, num_classes=2, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
+TIMEOUT_S = 30.0
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@dataclass
+class World:
+    """A running coordinator, the admin's stub, and three sites with keys."""
+
+    founded: Founded
+    coordinator: Coordinator
+    data: Path
+    admin: Any
+    keys: dict[str, Ed25519PrivateKey]
+    tls: dict[str, TlsFiles]
+    runs: dict[str, bytes] = field(default_factory=dict)
+    channels: list[grpc.aio.Channel] = field(default_factory=list)
+
+    def channel(self, tls: TlsFiles) -> grpc.aio.Channel:
+        channel = federation_channel(self.coordinator.endpoints["federation"], tls)
+        self.channels.append(channel)
+        return channel
+
+    def site(self, name: str) -> Any:
+        return site_pb2_grpc.SiteServiceStub(self.channel(self.tls[name]))
+
+    def manifest(self, name: str, **changes: Any) -> Manifest:
+        values: dict[str, Any] = {
+            "name": name,
+            "federation": FEDERATION,
+            "nonce": sha256(name.encode())[:16].hex(),
+            "participants": tuple(Participant(name=n, key=public_bytes(self.keys[n]).hex()) for n in SITES),
+            "architecture": TINY,
+            "schedule": Schedule(),
+            "training": Training(loss_buckets=2),
+            "sampling": Sampling(),
+            "tensors": tuple((n, tuple(shape)) for n, shape in tensor_table(TINY).to_plain()),
+            "aggregation": "insecure-plain-sum",
+            "encoding": EncodingTerms(clip=0.5, cap=100),
+            "n_min": 2,
+            "deadlines": Deadlines(gather_s=5, training_s=60, uploading_s=60),
+        }
+        return Manifest(**{**values, **changes})
+
+    async def create(self, manifest: Manifest) -> bytes:
+        signature = sign_manifest(manifest, self.founded.admin_key)
+        answer = await self.admin.CreateRun(admin_pb2.CreateRunRequest(manifest=manifest.canonical(), signature=signature), timeout=60)
+        assert answer.run == manifest.digest()
+        return answer.run
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    root = tmp_path_factory.mktemp("world")
+    founded = found(root / "f")
+    listen = Listen(federation="127.0.0.1:0", enrolment="127.0.0.1:0", metrics="127.0.0.1:0")
+    paths = Paths(identity=founded.coordinator.folder, data=root / "data")
+    paths.data.mkdir()
+    coordinator = Coordinator(CoordinatorConfig(federation=FEDERATION, listen=listen, paths=paths))
+    await coordinator.start()
+    keys = {name: make_signing_key() for name in SITES}
+    world = World(founded, coordinator, paths.data, None, keys, {n: founded.party(Role.SITE, n) for n in SITES})  # type: ignore[arg-type]  # set next
+    world.admin = admin_pb2_grpc.AdminServiceStub(world.channel(founded.admin.tls))
+    members = founded.members
+    draft = members.draft()
+    for name in SITES:
+        draft = draft.approve(name, Role.SITE, public_bytes(keys[name]))
+    signed = sign_members(members, draft, founded.admin.membership.name, founded.admin_key)
+    await world.admin.PutMembers(admin_pb2.PutMembersRequest(members=signed.canonical()), timeout=TIMEOUT_S)
+    yield world
+    for channel in world.channels:
+        await channel.close()
+    await coordinator.stop()
+
+
+class HandSite:
+    """A site whose every message the test makes."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self._world = world
+        self.name = name
+        self.key = world.keys[name]
+        self.stub = world.site(name)
+        self._queue: asyncio.Queue[site_pb2.AttendRequest] = asyncio.Queue()
+        self._queue.put_nowait(site_pb2.AttendRequest(hello=site_pb2.Hello(protocol_version=1, software="hand")))
+        self._call = self.stub.Attend(self._requests())
+        self._pending: asyncio.Task[site_pb2.AttendResponse] | None = None
+
+    async def _requests(self) -> AsyncIterator[site_pb2.AttendRequest]:
+        while True:
+            yield await self._queue.get()
+
+    async def owed(self, run: bytes, phase: int, number: int | None = None) -> site_pb2.Assignment:
+        """Reads snapshots until the run's assignment is in that phase."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                response = await self._call.read()
+                assert response is not grpc.aio.EOF, await self._call.details()
+                for one in response.owed:
+                    if one.run == run and one.phase == phase and number in (None, one.round):
+                        return one
+
+    def say(self, **what: Any) -> None:
+        self._queue.put_nowait(site_pb2.AttendRequest(**what))
+
+    def signed(self, owed: site_pb2.Assignment, type_: MessageType, body: Any) -> Signed:
+        return sign(self.key, type_, owed.run, owed.round, owed.attempt, self.name, body)
+
+    async def advert(self, owed: site_pb2.Assignment, kind: RoundKind = RoundKind.TRAIN) -> None:
+        body = Advert(kind, owed.base_digest, Encoding.parse(owed.encoding).digest(), b"", b"")
+        message = self.signed(owed, MessageType.ADVERT, body)
+        await self.stub.Submit(site_pb2.SubmitRequest(message=message.encode()), timeout=TIMEOUT_S)
+
+    def header(self, owed: site_pb2.Assignment, payload: bytes) -> site_pb2.PutUpdateRequest:
+        statement = self.signed(owed, MessageType.UPLOAD, Upload(sha256(payload), len(payload)))
+        header = site_pb2.PutUpdateHeader(run=owed.run, round=owed.round, attempt=owed.attempt, statement=statement.encode())
+        return site_pb2.PutUpdateRequest(header=header)
+
+    async def put(self, owed: site_pb2.Assignment, payload: bytes) -> None:
+        call = self.stub.PutUpdate(timeout=TIMEOUT_S)
+        await call.write(self.header(owed, payload))
+        offset = (await call.read()).resume_offset
+        for start in range(offset, len(payload), 1 << 20):
+            await call.write(site_pb2.PutUpdateRequest(data=payload[start : start + (1 << 20)]))
+        await call.done_writing()
+        assert (await call.read()).stored
+
+    async def leave(self) -> None:
+        """Ends the stream, and waits until the coordinator has seen it."""
+        self._call.cancel()
+        async with asyncio.timeout(TIMEOUT_S), self._world.coordinator.conductor.watch() as changed:
+            while self._world.coordinator.conductor.connected(self.name):
+                await changed.wait()
+                changed.clear()
+
+
+class FixedRandom:
+    """Rounds every loss down, so that a sum is known to the last bit."""
+
+    def token_bytes(self, n: int) -> bytes:
+        return bytes(n)
+
+
+def payload_of(owed: site_pb2.Assignment, values: np.ndarray, weight: int, losses: Iterable[float]) -> bytes:
+    encoding = Encoding.parse(owed.encoding)
+    words = np.empty(encoding.length, dtype="<u4")
+    clipped = encoding.quantise(values.astype(np.float32), 0, weight, words[: encoding.size]) if encoding.size else 0
+    words[encoding.size :] = encoding.tail(weight, list(losses), clipped, FixedRandom())
+    return words.tobytes()
+
+
+async def start(world: World, run: bytes, kind: int = site_pb2.ROUND_KIND_TRAIN, rounds: int = 1) -> None:
+    await world.admin.StartRounds(admin_pb2.StartRoundsRequest(run=run, rounds=rounds, kind=kind), timeout=TIMEOUT_S)
+
+
+async def newest_weights(world: World, run: bytes, manifest: Manifest) -> np.ndarray:
+    answer = await world.admin.ListCheckpoints(admin_pb2.ListCheckpointsRequest(run=run), timeout=TIMEOUT_S)
+    path = world.data / "artifacts" / answer.checkpoints[-1].weights_digest.hex()
+    return np.array(open_vector(path, manifest.tensor_table))
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    """Awaits a call, of whatever shape, to its end and returns its status."""
+    try:
+        if hasattr(call, "read"):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def details_of(call: Any) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.details() or ""
+
+
+async def test_a_round_gives_the_weighted_mean_whatever_the_order_of_arrival(world: World) -> None:
+    manifest = world.manifest("mean")
+    size = manifest.tensor_table.size
+    generator = np.random.default_rng(5)
+    updates = {name: generator.normal(0, 0.01, size).astype(np.float32) for name in SITES}
+    weights = {"st-anna": 30, "st-beda": 50, "st-clara": 100}
+    digests = set()
+    for order in (SITES, tuple(reversed(SITES))):
+        manifest = world.manifest("mean", nonce=sha256(repr(order).encode())[:16].hex())
+        run = await world.create(manifest)
+        before = await newest_weights(world, run, manifest)
+        sites = {name: HandSite(world, name) for name in SITES}
+        await start(world, run)
+        owed = {name: await sites[name].owed(run, site_pb2.ROUND_PHASE_TRAINING) for name in SITES}
+        for name in order:
+            await sites[name].advert(owed[name])
+        for name in order:
+            due = await sites[name].owed(run, site_pb2.ROUND_PHASE_UPLOADING)
+            await sites[name].put(due, payload_of(due, updates[name], weights[name], (1.0, 2.0, 0.5)))
+        closed = await sites["st-anna"].owed(run, site_pb2.ROUND_PHASE_CLOSED)
+        digests.add(closed.checkpoint_digest)
+        after = await newest_weights(world, run, manifest)
+        mean = sum(weights[n] * updates[n].astype(np.float64) for n in SITES) / 180
+        bound = Encoding.parse(owed["st-anna"].encoding).error_bound(0.5, 3, 180)
+        wanted = before + mean
+        float32_steps = np.spacing(np.abs(wanted).astype(np.float32)) + np.spacing(np.abs(mean).astype(np.float32))
+        assert (np.abs(after - wanted) <= bound + float32_steps).all()
+        rounds = await world.admin.ListRounds(admin_pb2.ListRoundsRequest(run=run), timeout=TIMEOUT_S)
+        summary = rounds.rounds[-1]
+        assert (summary.total_weight, list(summary.survivors), summary.has_losses) == (180, list(SITES), True)
+        assert summary.heldout_loss == pytest.approx(1.5, abs=1e-6)
+        assert summary.train_loss == pytest.approx(0.5, abs=1e-6)
+        assert summary.bytes_up == 3 * 4 * Encoding.parse(owed["st-anna"].encoding).length
+        for site in sites.values():
+            await site.leave()
+    assert len(digests) == 1
+
+
+async def test_a_rehearsal_opens_exactly_zero_and_moves_nothing(world: World) -> None:
+    manifest = world.manifest("drill")
+    run = await world.create(manifest)
+    sites = {name: HandSite(world, name) for name in SITES}
+    await start(world, run, site_pb2.ROUND_KIND_REHEARSAL)
+    for name in SITES:
+        await sites[name].advert(await sites[name].owed(run, site_pb2.ROUND_PHASE_TRAINING), RoundKind.REHEARSAL)
+    for name in SITES:
+        due = await sites[name].owed(run, site_pb2.ROUND_PHASE_UPLOADING)
+        await sites[name].put(due, Encoding.parse(due.encoding).zero_words().tobytes())
+    closed = await sites["st-anna"].owed(run, site_pb2.ROUND_PHASE_CLOSED)
+    assert closed.checkpoint_digest == closed.base_digest
+    checkpoints = await world.admin.ListCheckpoints(admin_pb2.ListCheckpointsRequest(run=run), timeout=TIMEOUT_S)
+    assert [c.round for c in checkpoints.checkpoints] == [0]
+    summary = (await world.admin.ListRounds(admin_pb2.ListRoundsRequest(run=run), timeout=TIMEOUT_S)).rounds[-1]
+    assert summary.note == f"the opened sum of {manifest.tensor_table.size} values is exactly zero"
+    for site in sites.values():
+        await site.leave()
+
+
+async def test_an_upload_resumes_at_its_offset_and_the_digest_decides(world: World) -> None:
+    manifest = world.manifest("resume", n_min=1, participants=tuple(p for p in world.manifest("x").participants if p.name == "st-anna"))
+    run = await world.create(manifest)
+    site = HandSite(world, "st-anna")
+    await start(world, run)
+    await site.advert(await site.owed(run, site_pb2.ROUND_PHASE_TRAINING))
+    due = await site.owed(run, site_pb2.ROUND_PHASE_UPLOADING)
+    payload = payload_of(due, np.zeros(manifest.tensor_table.size), 10, (1.0, 1.0, 1.0))
+
+    cut = site.stub.PutUpdate(timeout=TIMEOUT_S)
+    await cut.write(site.header(due, payload))
+    assert (await cut.read()).resume_offset == 0
+    await cut.write(site_pb2.PutUpdateRequest(data=payload[:1000]))
+    await cut.done_writing()
+    assert await code_of(cut) is grpc.StatusCode.UNAVAILABLE  # the stream ended early: resume
+
+    wrong = site.stub.PutUpdate(timeout=TIMEOUT_S)
+    await wrong.write(site.header(due, payload))
+    assert (await wrong.read()).resume_offset == 1000
+    await wrong.write(site_pb2.PutUpdateRequest(data=bytes(len(payload) - 1000)[:-1] + b"\x01"))
+    assert await code_of(wrong) is grpc.StatusCode.DATA_LOSS  # and what had arrived is discarded
+
+    past = site.stub.PutUpdate(timeout=TIMEOUT_S)
+    await past.write(site.header(due, payload))
+    assert (await past.read()).resume_offset == 0
+    await past.write(site_pb2.PutUpdateRequest(data=payload + b"x"))
+    assert await code_of(past) is grpc.StatusCode.INVALID_ARGUMENT
+
+    await site.put(due, payload)
+    await site.put(due, payload)  # again, after it is stored: the same answer
+    assert (await site.owed(run, site_pb2.ROUND_PHASE_CLOSED)).checkpoint_digest == due.base_digest  # a zero update
+    await site.leave()
+
+
+async def test_messages_of_another_site_run_or_round_are_refused_with_the_rule(world: World) -> None:
+    manifest = world.manifest("wrong")
+    run = await world.create(manifest)
+    sites = {name: HandSite(world, name) for name in SITES}
+    await start(world, run)
+    owed = await sites["st-anna"].owed(run, site_pb2.ROUND_PHASE_TRAINING)
+    anna, beda = sites["st-anna"], sites["st-beda"]
+    body = Advert(RoundKind.TRAIN, owed.base_digest, Encoding.parse(owed.encoding).digest(), b"", b"")
+
+    def submit(site: HandSite, message: Signed) -> Any:
+        return site.stub.Submit(site_pb2.SubmitRequest(message=message.encode()), timeout=TIMEOUT_S)
+
+    honest = anna.signed(owed, MessageType.ADVERT, body)
+    assert "submitted a message that names st-anna" in await details_of(submit(beda, honest))
+    forged = sign(beda.key, MessageType.ADVERT, run, owed.round, owed.attempt, "st-anna", body)
+    assert "signature: advert of st-anna is not signed" in await details_of(submit(anna, forged))
+    other_round = sign(anna.key, MessageType.ADVERT, run, owed.round + 1, owed.attempt, "st-anna", body)
+    assert "R2" in await details_of(submit(anna, other_round))
+    other_model = Advert(RoundKind.TRAIN, b"x" * 32, body.encoding_digest, b"", b"")
+    assert "R3" in await details_of(submit(anna, anna.signed(owed, MessageType.ADVERT, other_model)))
+    early = anna.stub.PutUpdate(timeout=TIMEOUT_S)
+    await early.write(anna.header(owed, b"x" * 100))
+    assert await code_of(early) is grpc.StatusCode.FAILED_PRECONDITION
+    assert (
+        await code_of(anna.stub.Submit(site_pb2.SubmitRequest(message=b"junk"), timeout=TIMEOUT_S)) is grpc.StatusCode.FAILED_PRECONDITION
+    )
+    await submit(anna, honest)
+    await submit(anna, honest)  # the same bytes again
+    await world.admin.StopRun(admin_pb2.StopRunRequest(run=run, abandon=True), timeout=TIMEOUT_S)
+    ended = await anna.owed(run, site_pb2.ROUND_PHASE_ABANDONED)
+    assert ended.reason == "stopped by an admin"
+    for site in sites.values():
+        await site.leave()
+
+
+async def test_artifacts_come_from_any_offset_and_only_to_whom_they_belong(world: World) -> None:
+    alone = tuple(p for p in world.manifest("x").participants if p.name == "st-anna")
+    run = await world.create(world.manifest("artifact", n_min=1, participants=alone, nonce="ab" * 16))
+    answer = await world.admin.ListCheckpoints(admin_pb2.ListCheckpointsRequest(run=run), timeout=TIMEOUT_S)
+    digest = answer.checkpoints[0].weights_digest
+    whole = (world.data / "artifacts" / digest.hex()).read_bytes()
+    for offset in (0, 1, 1000, len(whole)):
+        call = world.site("st-anna").GetArtifact(site_pb2.GetArtifactRequest(digest=digest, offset=offset), timeout=TIMEOUT_S)
+        got = [response async for response in call]
+        assert got[0].total_bytes == len(whole)
+        assert b"".join(r.data for r in got) == whole[offset:]
+    assert hashlib.sha256(whole).digest() == digest
+
+    def fetch(tls: TlsFiles, wanted: bytes, offset: int = 0) -> Any:
+        stub = site_pb2_grpc.SiteServiceStub(world.channel(tls))
+        return stub.GetArtifact(site_pb2.GetArtifactRequest(digest=wanted, offset=offset), timeout=TIMEOUT_S)
+
+    assert await code_of(fetch(world.tls["st-anna"], digest, len(whole) + 1)) is grpc.StatusCode.OUT_OF_RANGE
+    assert await code_of(fetch(world.tls["st-anna"], b"\0" * 32)) is grpc.StatusCode.PERMISSION_DENIED
+    assert await code_of(fetch(world.founded.admin.tls, b"\0" * 32)) is grpc.StatusCode.NOT_FOUND
+    assert await code_of(fetch(world.founded.admin.tls, b"../../state.db")) is grpc.StatusCode.NOT_FOUND
+    optimiser = next(p.name for p in (world.data / "artifacts").iterdir() if p.is_file() and p.name != digest.hex())
+    assert await code_of(fetch(world.tls["st-anna"], bytes.fromhex(optimiser))) is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_every_method_refuses_the_wrong_role(world: World) -> None:
+    site_channel, admin_channel = world.channel(world.tls["st-anna"]), world.channel(world.founded.admin.tls)
+    checked = 0
+    for pb2, service, channel, also in (
+        (site_pb2, "SiteService", admin_channel, {"GetArtifact"}),
+        (admin_pb2, "AdminService", site_channel, set()),
+    ):
+        descriptor = pb2.DESCRIPTOR.services_by_name[service]
+        for method in descriptor.methods:
+            if method.name in also:  # both roles may call it; what they may fetch is tested above
+                continue
+            shape = ("stream" if method.client_streaming else "unary") + "_" + ("stream" if method.server_streaming else "unary")
+            call = getattr(channel, shape)(f"/cosilo.v1.{service}/{method.name}", request_serializer=bytes, response_deserializer=bytes)
+            asked = call(aiter_of(b"") if method.client_streaming else b"", timeout=TIMEOUT_S)
+            assert await code_of(asked) is grpc.StatusCode.PERMISSION_DENIED, method.name
+            checked += 1
+    assert checked == len(site_pb2.DESCRIPTOR.services_by_name["SiteService"].methods) - 1 + len(
+        admin_pb2.DESCRIPTOR.services_by_name["AdminService"].methods
+    )
+
+
+async def aiter_of(*items: bytes) -> AsyncIterator[bytes]:
+    for item in items:
+        yield item
+
+
+async def test_a_certificate_without_membership_and_a_revoked_member_are_refused(world: World) -> None:
+    stranger = site_pb2_grpc.SiteServiceStub(world.channel(world.founded.party(Role.SITE, "stranger")))
+    text = await details_of(stranger.ListMyRuns(site_pb2.ListMyRunsRequest(), timeout=TIMEOUT_S))
+    assert text == "site stranger is not a member of north-star; an admin adds it with `cosilo site approve stranger`"
+
+
+async def test_a_hello_of_another_version_is_refused_politely(world: World) -> None:
+    stub = world.site("st-beda")
+    call = stub.Attend()
+    await call.write(site_pb2.AttendRequest(hello=site_pb2.Hello(protocol_version=99)))
+    assert await code_of(call) is grpc.StatusCode.FAILED_PRECONDITION
+    assert await call.details() == "hello.protocol_version 99: this coordinator speaks 1; upgrade the older side"
+    silent = stub.Attend()
+    await silent.write(site_pb2.AttendRequest(progress=site_pb2.Progress()))
+    assert await code_of(silent) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_run_is_refused_unless_an_admin_signed_it_for_members(world: World) -> None:
+    manifest = world.manifest("unsigned")
+
+    def create(data: bytes, signature: bytes) -> Any:
+        return world.admin.CreateRun(admin_pb2.CreateRunRequest(manifest=data, signature=signature), timeout=TIMEOUT_S)
+
+    assert "is not signed by an admin" in await details_of(create(manifest.canonical(), make_signing_key().sign(b"x")))
+    spaced = manifest.canonical().replace(b":", b": ", 1)
+    assert "not in canonical form" in await details_of(create(spaced, sign_manifest(manifest, world.founded.admin_key)))
+    unknown = manifest.canonical()[:-1] + b',"zzz":1}'
+    assert "zzz: Extra inputs are not permitted" in await details_of(create(unknown, bytes(64)))
+    sybil = world.manifest("sybil", participants=(*manifest.participants, Participant(name="sybil", key="ab" * 32)))
+    refused = await details_of(create(sybil.canonical(), sign_manifest(sybil, world.founded.admin_key)))
+    assert "participant sybil is no member site with that key" in refused
+    assert "no run" in await details_of(
+        world.admin.StartRounds(admin_pb2.StartRoundsRequest(run=b"\1" * 32, rounds=1, kind=site_pb2.ROUND_KIND_TRAIN), timeout=TIMEOUT_S)
+    )
+
+
+async def test_fewer_sites_than_a_round_needs_wait_and_say_so(world: World) -> None:
+    run = await world.create(world.manifest("waiting"))
+    await start(world, run)
+    watch = world.admin.WatchRun(admin_pb2.WatchRunRequest(run=run), timeout=TIMEOUT_S)
+    snapshot = await watch.read()
+    assert (snapshot.summary.state, snapshot.summary.note) == ("waiting", "waiting: 0 of the 2 sites that a round needs are connected")
+    watch.cancel()
+    await world.admin.StopRun(admin_pb2.StopRunRequest(run=run), timeout=TIMEOUT_S)
