@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 CONFIG_VARIABLE = "COSILO_SITE_CONFIG"
 DEFAULT_CONFIG = Path("/etc/cosilo/site.toml")
-INVITATION_BYTES_MAX = 128 * 1024  # as in cosilo_common.identity.invitation, which is slow to import
 
 _HELP = """The daemon of one site, and what a person at the site asks of it.
 
@@ -78,7 +77,7 @@ def enrol(
     site = _config(context, config)
     from cosilo_client.errands import enrol_site
 
-    said = enrol_site(site, sys.stdin.buffer.read(INVITATION_BYTES_MAX + 1) if invitation == "-" else Path(invitation))
+    said = enrol_site(site, sys.stdin.buffer if invitation == "-" else Path(invitation))
     say(f"enrolled as {said.identity.peer.uri()}")
     say(f"this site's key: {said.key_fingerprint}")
     if not said.member:

@@ -20,7 +20,6 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import PARTICIPANTS_MAX, ROUNDS_MAX, describe_validation
 from cosilo_common.telemetry import LogForm, LogLevel, parse_listen
 
-DEFAULT_PATH: Final = Path("/etc/cosilo/site.toml")
 EXAMPLE_PATH: Final = Path(__file__).with_name("site.example.toml")
 CONFIG_BYTES_MAX: Final = 1 << 20  # a hundred times what the example has
 RUNS_MAX: Final = 1000  # runs that a policy lists: more than a site joins in its life

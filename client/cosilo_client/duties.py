@@ -8,7 +8,6 @@ runs, or what becomes of a failure.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import time
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cosilo_client.config import PolicyTable
 from cosilo_client.coordinator import Coordinator, UploadHeader
+from cosilo_client.due_terms import check_base_bytes, checked_encoding
 from cosilo_client.journal import Journal
 from cosilo_client.ledger import RoundState
 from cosilo_client.owed import Activity, Owed, Phase, Progress
@@ -26,7 +26,7 @@ from cosilo_client.secagg import RunTerms, SiteRole, Start
 from cosilo_client.spending import Spending
 from cosilo_client.threads import in_thread
 from cosilo_client.training import TENTHS, Training, reporter
-from cosilo_common.encoding import Encoding, Section
+from cosilo_common.encoding import Encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest, parse_manifest
 from cosilo_common.secagg.messages import RoundKind, Signed
@@ -77,7 +77,7 @@ class Duties:
         self._manifest: Manifest | None = None
         self._role: SiteRole | None = None
         self._start: Start | None = None
-        self._checked: dict[tuple[RoundKind, bytes], Encoding] = {}  # the one encoding of the round
+        self._checked: dict[tuple[RoundKind, bytes, int], Encoding] = {}  # the one encoding of the round
 
     async def perform(self, owed: Owed) -> bool:
         """Does one piece of what is owed; AGAIN where more follows from the newest assignment, DONE where not.
@@ -107,6 +107,9 @@ class Duties:
             case Phase.CONSENTING:
                 await self._submit(await self._call(role.consent, owed.survivors))
             case Phase.REVEALING:
+                if await in_thread(self._site.journal.ledger.consent, owed.run, owed.round) is None:
+                    # Enough others consented before this site did. One of them may be gone by now, so this one is needed too.
+                    await self._submit(await self._call(role.consent, owed.survivors))
                 await self._submit(await self._call(role.reveal, [Signed.decode(m) for m in owed.consents]))
             case _:
                 pass
@@ -212,10 +215,11 @@ class Duties:
         return self._role
 
     def _encoding(self, manifest: Manifest, owed: Owed) -> Encoding:
-        found = self._checked.get((owed.kind, owed.encoding))
+        found = self._checked.get((owed.kind, owed.encoding, owed.base_bytes))
         if found is None:
+            check_base_bytes(manifest, owed.base_bytes)
             found = checked_encoding(manifest, owed.kind, owed.encoding)
-            self._checked = {(owed.kind, owed.encoding): found}
+            self._checked = {(owed.kind, owed.encoding, owed.base_bytes): found}
         return found
 
     async def _in_roster(self, owed: Owed) -> bool:
@@ -246,32 +250,3 @@ class Duties:
 
     def _say(self, owed: Owed, activity: Activity, tenths: int) -> None:
         self._site.coordinator.say(Progress(owed.run, owed.round, activity, tenths))
-
-
-def checked_encoding(manifest: Manifest, kind: RoundKind, data: bytes) -> Encoding:
-    """The encoding of a round, rebuilt here from the manifest; raises ProtocolViolation("R3") on any other bytes.
-
-    Only at b = 24 may the coordinator choose: one clip a tensor, within (0, the manifest's].
-    """
-    terms, table = manifest.encoding, manifest.tensor_table
-    due = Encoding(
-        bits=terms.bits,
-        participants=len(manifest.participants),
-        cap=terms.cap,
-        sections=() if kind is RoundKind.STATISTICS else (Section(table.size, terms.clip),),
-        loss_max=terms.loss_max,
-        losses=manifest.loss_words,
-    )
-    if data == due.canonical():
-        return due
-    if terms.bits == 24 and kind is RoundKind.TRAIN:
-        found = Encoding.parse(data)
-        sizes = [section.size for section in found.sections]
-        fixed = (found.bits, found.participants, found.cap, found.loss_max, found.losses)
-        if (
-            fixed == (due.bits, due.participants, due.cap, due.loss_max, due.losses)
-            and sizes == [math.prod(shape) for _, shape in table.entries]
-            and all(0 < section.clip <= terms.clip for section in found.sections)
-        ):
-            return found
-    raise ProtocolViolation(Rule.ONE_MODEL, "the round's encoding is not the one that the manifest gives")

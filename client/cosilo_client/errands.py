@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import BinaryIO, Final, TypeVar
 
 import grpc.aio
 
@@ -25,7 +25,7 @@ from cosilo_client.transport import Transport, failure
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.enrolment import EnrolAnswer, EnrolRequest
 from cosilo_common.identity.folder import Identity
-from cosilo_common.identity.invitation import parse_invitation, read_invitation
+from cosilo_common.identity.invitation import INVITATION_BYTES_MAX, parse_invitation, read_invitation
 from cosilo_common.identity.members import SignedMembers
 from cosilo_common.identity.tls import enrolment_channel
 from cosilo_common.rpc.v1 import enrolment_pb2, enrolment_pb2_grpc
@@ -35,9 +35,9 @@ ENROL_TIMEOUT_S: Final = 30.0  # the coordinator signs a certificate and writes 
 Answer = TypeVar("Answer")
 
 
-def enrol_site(config: SiteConfig, source: Path | bytes) -> Enrolled:
-    """Enrols this site into its state folder. source: the invitation's file, or its bytes. Raises CosiloError."""
-    invitation = parse_invitation(source) if isinstance(source, bytes) else read_invitation(source)
+def enrol_site(config: SiteConfig, source: Path | BinaryIO) -> Enrolled:
+    """Enrols this site into its state folder. source: the invitation's file, or a stream of it. Raises CosiloError."""
+    invitation = read_invitation(source) if isinstance(source, Path) else parse_invitation(source.read(INVITATION_BYTES_MAX + 1))
 
     async def call(request: EnrolRequest) -> EnrolAnswer:
         question = enrolment_pb2.EnrolRequest(

@@ -99,31 +99,28 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
     manifest = candidate.manifest
     values = manifest.tensor_table.size
     upload_mb = values * manifest.encoding.bits / 8 / 1e6
-    training = manifest.training
-    passes = f"{training.local_epochs} passes over" if training.local_epochs > 1 else "one pass over"
-    steps = f", at most {training.max_steps} steps," if training.max_steps else ""
     architecture = manifest.architecture
     lines = [
         f"Run {candidate.run.hex()}",
         f'  "{manifest.name}", of federation {manifest.federation}, signed by its admin {candidate.signer}',
-        f"  a diffusion model for {architecture.sample_size}x{architecture.sample_size} images with "
-        f"{architecture.in_channels} planes in {architecture.num_classes} classes, {values:,} values",
+        f"  a diffusion model for images of {architecture.sample_size}x{architecture.sample_size} pixels, "
+        f"{architecture.in_channels} planes, {architecture.num_classes} classes; {values:,} values",
         "",
-        "What leaves this site, in each round it takes part in",
-        f"  one upload of {upload_mb:,.1f} MB: how training changed the model's values ({passes} this site's "
-        f"training images{steps} a round), each",
-        f"    change cut off at {manifest.encoding.clip:g}; with it the number of images trained on (at most "
-        f"{manifest.encoding.cap}) and {manifest.loss_words} mean losses",
-        "  how far it is (fetching, training, masking, uploading, in tenths) and how many bytes have moved",
-        f"  at most {manifest.rounds_max} rounds; this site's policy: {_policy_bounds(policy)}",
+        "What leaves this site, in each round that it takes part in",
+        f"  one upload of {upload_mb:,.1f} MB: how much training changed each of the model's values",
+        f"    ({_work(manifest)}; no change larger than {manifest.encoding.clip:g}),",
+        f"    the number of images trained on (at most {manifest.encoding.cap}), and {manifest.loss_words} mean losses",
+        "  how far it is (fetching, training, masking, uploading; in tenths) and how many bytes have moved",
+        f"How often: at most {manifest.rounds_max} rounds",
+        f"  this site's policy: {_policy_bounds(policy)}",
         "",
         "To whom",
         *_to_whom(manifest),
         "",
         "What does not leave this site",
         "  images, labels, file names, the number of images of any class",
-        "  losses and counts of this site alone; its metrics and its log",
-        *(["  its unmasked update, its keys and its seeds"] if manifest.secure else ["  its keys"]),
+        "  losses and counts of this site alone; its metrics and its log" if manifest.secure else "  its metrics and its log",
+        "  its unmasked update, its keys and its seeds" if manifest.secure else "  its keys",
         "",
         "What this does not protect against",
         "  what the finished model has memorised, and what a sum of few sites tells: see docs/threat-model.md",
@@ -140,23 +137,29 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
     return "\n".join(lines)
 
 
+def _work(manifest: Manifest) -> str:
+    training = manifest.training
+    passes = "one pass" if training.local_epochs == 1 else f"{training.local_epochs} passes"
+    steps = f", at most {training.max_steps} steps" if training.max_steps else ""
+    return f"{passes} over this site's training images{steps}"
+
+
 def _to_whom(manifest: Manifest) -> list[str]:
     participants = len(manifest.participants)
     invited = manifest.cohort or participants
+    chosen = f"{invited} of {participants} sites" if manifest.cohort else f"all {participants} sites"
     if not manifest.secure:
         return [
-            "  the coordinator, which sees THIS SITE'S OWN update, image count and losses: the run's aggregation is",
-            f"  insecure-plain-sum, without masks, among {participants} sites",
+            "  the coordinator, which sees THIS SITE'S OWN update, image count and losses: the aggregation is",
+            f"  insecure-plain-sum, without masks; rounds invite {chosen}",
         ]
     t = threshold(invited, manifest.f)
     least = max(t, manifest.n_min)
-    chosen = f"{invited} of {participants} sites" if manifest.cohort else f"{participants} sites"
     return [
-        f"  the coordinator, under masks: of {chosen} a round it can open only the sum, if this site's software is honest",
-        f"  and no more than f = {manifest.f} of the other sites give the coordinator all they know",
-        f"  t = {t} sites must sign before a sum is opened; a sum has at least {least} sites, so {invited - least} of "
-        f"{invited} may drop out of a round",
-        f"  with all {manifest.f} such sites in it, a sum still hides this site among {least - manifest.f} honest ones",
+        f"  the coordinator, under masks: rounds invite {chosen}, and it can open only their sum,",
+        f"    as long as no more than f = {manifest.f} of them tell it all they know",
+        f"  t = {t} sites must sign before a sum is opened; a sum has at least {least} sites, of which at least",
+        f"    {least - manifest.f} keep their secrets, this one among them; {invited - least} of {invited} may drop out",
     ]
 
 

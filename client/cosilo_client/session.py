@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ import grpc
 import grpc.aio
 
 from cosilo_client.artifacts import ArtifactCache
+from cosilo_client.backoff import Backoff
 from cosilo_client.config import NetworkTable
 from cosilo_client.coordinator import OnBytes, Refused, SignedRun, Unreachable, UploadHeader
 from cosilo_client.metrics import SiteMetrics
@@ -41,23 +41,6 @@ SAY_INTERVAL_S: Final = 0.2  # between messages about progress: a transfer moves
 
 log = get_logger("cosilo.session")
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """Waits between attempts: drawn from the upper half of a bound that doubles from min_s to max_s.
-
-    Jittered, so that a hundred sites do not come back to a restarted coordinator in one second.
-    """
-
-    min_s: float
-    max_s: float
-    random: random.Random
-
-    def wait_s(self, failures: int) -> float:
-        """After so many failures in a row, from 1."""
-        bound = min(self.max_s, self.min_s * 2.0 ** min(failures - 1, 40))
-        return self.random.uniform(bound / 2, bound)
 
 
 class Session:

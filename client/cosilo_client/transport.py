@@ -39,7 +39,6 @@ _REFUSALS: Final = frozenset(
         grpc.StatusCode.ALREADY_EXISTS,
         grpc.StatusCode.OUT_OF_RANGE,
         grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.DATA_LOSS,
     }
 )
 

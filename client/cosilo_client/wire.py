@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from cosilo_client.owed import Decline, Owed, Phase, Progress
 from cosilo_common.canonical import check_name
 from cosilo_common.errors import CosiloError
+from cosilo_common.framing import data_of, frame_data
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import ATTEMPTS_MAX, RoundKind
 
@@ -19,8 +20,6 @@ PROTOCOL_VERSION: Final = 1
 RUNS_MAX: Final = 1000  # assignments in one snapshot: runs of a site's whole life
 DIGEST_BYTES: Final = 32
 REASON_CHARS_MAX: Final = 1000  # for the log
-VARINT_BYTES_MAX: Final = 5  # a message is far below 2^35 bytes
-DATA_FIELD: Final = b"\x0a"  # field 1, length-delimited: `data` of GetArtifactResponse and of PutUpdateRequest
 
 _KINDS: Final = {
     site_pb2.ROUND_KIND_TRAIN: RoundKind.TRAIN,
@@ -90,34 +89,20 @@ def statement_to(said: Progress | Decline) -> site_pb2.AttendRequest:
 
 
 def frame_chunk(chunk: bytes) -> bytes:
-    """`PutUpdateRequest(data=chunk)` as bytes, in one copy: protobuf's own way takes two (docs/decisions.md)."""
-    return b"".join((DATA_FIELD, _varint(len(chunk)), chunk))
+    """`PutUpdateRequest(data=chunk)` as bytes, in one copy."""
+    return frame_data(chunk)
 
 
 def chunk_from(message: bytes) -> tuple[memoryview, int]:
     """(data, total_bytes) of a GetArtifactResponse, without a copy where it carries data alone. Raises CosiloError."""
-    if message[:1] == DATA_FIELD:
-        length = 0
-        for at in range(1, min(len(message), VARINT_BYTES_MAX + 1)):
-            length |= (message[at] & 0x7F) << (7 * (at - 1))
-            if message[at] < 0x80:
-                if at + 1 + length == len(message):
-                    return memoryview(message)[at + 1 :], 0
-                break
+    data = data_of(message)
+    if data is not None:
+        return data, 0
     try:
         parsed = site_pb2.GetArtifactResponse.FromString(message)
     except DecodeError:
         raise CosiloError("fetch", "a chunk is not a message of this protocol", "tell the coordinator's admin") from None
     return memoryview(parsed.data), parsed.total_bytes
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _name(field: str, name: str) -> str:

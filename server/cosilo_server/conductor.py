@@ -13,12 +13,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import structlog
+from sqlalchemy.exc import DatabaseError
 
 from cosilo_common.canonical import sha256
 from cosilo_common.encoding import Encoding, Section
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.messages import RoundKind
+from cosilo_common.transfer import require_free_bytes
 from cosilo_server.closing import RoundCloser, RoundOutcome
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.assignments import Assignment, assignment_for
@@ -46,7 +48,10 @@ log = structlog.get_logger(__name__)
 
 TICK_S = 0.5  # deadlines are tens of seconds: half a second late is nothing, and an idle tick costs microseconds
 BACKOFF_FIRST_S = 2.0  # after an abandoned round; doubles with each further one
+RECHECK_S = 5.0  # after a refusal that is not the sites' doing, such as a full disk
 BACKOFF_MAX_S = 300.0  # a federation whose sites come back after a weekend starts within five minutes
+_FLOAT_BYTES = 4
+_CHECKPOINT_FILES = 4  # weights, ema and two moments at most
 _TRANSIENT = {"connected": False, "activity": Site.activity, "tenths": 0, "bytes_moved": 0, "progressed_at": 0.0}
 
 
@@ -244,6 +249,12 @@ class Conductor:
         return refused
 
     async def _persist(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
+        try:
+            await self._write(record, before, after, event)
+        except DatabaseError as error:  # the round stays where it was; whoever sent the event tries again
+            raise CosiloError("persist round", f"round {after.number}: {error.orig}", "free space on the data folder's disk") from None
+
+    async def _write(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
         if isinstance(event, SumOpened):
             assert record.opened is not None
             outcome, checkpoint = record.opened
@@ -293,6 +304,9 @@ class Conductor:
             if len(present) < terms.least_invited:
                 record.note = f"waiting: {len(present)} of the {terms.least_invited} sites that a round needs are connected"
                 return
+            encoding = round_encoding(record.manifest, order.kind)
+            upload_bytes, model_bytes = encoding.wire_bytes, _FLOAT_BYTES * record.manifest.tensor_table.size
+            require_free_bytes(self._spool.root, len(present) * upload_bytes + _CHECKPOINT_FILES * model_bytes)
             number = record.round.number + 1 if record.round else 1
             if number > record.manifest.rounds_max:
                 record.note = f"the manifest's {record.manifest.rounds_max} rounds are spent"
@@ -306,7 +320,7 @@ class Conductor:
                 terms=terms,
                 base_digest=base.weights,
                 base_bytes=base.bytes,
-                encoding=round_encoding(record.manifest, order.kind).canonical(),
+                encoding=encoding.canonical(),
                 seed=sha256(bytes.fromhex(record.manifest.nonce) + number.to_bytes(8, "big")),
                 connected=present,
                 now=self._now(),
@@ -328,8 +342,12 @@ class Conductor:
                     else:
                         await self._start_next(record)
                 except CosiloError as error:
+                    if record.note != str(error):
+                        log.error("run does not move", run=record.run.hex()[:12], reason=str(error))
                     record.note = str(error)
-                    log.error("run does not move", run=record.run.hex()[:12], reason=str(error))
+                    record.not_before = self._now() + RECHECK_S
+                except Exception:  # one run's fault must not stop the clock of the others
+                    log.exception("run does not move", run=record.run.hex()[:12])
             await asyncio.sleep(TICK_S)
 
     def _known(self, run: bytes) -> LiveRun:

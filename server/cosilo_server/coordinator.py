@@ -35,7 +35,7 @@ from cosilo_common.identity.tls import (
     server_credentials,
     server_options,
 )
-from cosilo_common.rpc.v1 import admin_pb2_grpc, enrolment_pb2_grpc, site_pb2_grpc
+from cosilo_common.rpc.v1 import admin_pb2_grpc, enrolment_pb2_grpc
 from cosilo_common.telemetry import configure_logging, serve_telemetry
 from cosilo_common.transfer import free_bytes
 from cosilo_server.artifacts import Artifacts
@@ -165,7 +165,7 @@ class Coordinator:
         admin_service = AdminService(gate, self.conductor, self._store, self._members, desk, registry, summaries)
 
         federation = grpc.aio.server(options=server_options())
-        site_pb2_grpc.add_SiteServiceServicer_to_server(site_service, federation)
+        site_service.add_to(federation)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin_service, federation)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, federation)

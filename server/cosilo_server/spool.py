@@ -27,6 +27,11 @@ class Spool:
         self._root = root
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    @property
+    def root(self) -> Path:
+        """The folder, for asking how much space is free."""
+        return self._root
+
     def receive(self, run: str, round_number: int, site: str, size: int, digest: str) -> FileSink:
         """Begin an upload, or go on with it where the last one with the same digest ended.
 

@@ -70,6 +70,16 @@ def is_repeat(state: Round, site: str, message: bytes) -> bool:
     return record is not None and message in (record.advert, record.shares, record.consent, record.reveal)
 
 
+def is_superfluous(state: Round, signed: Signed) -> bool:
+    """Whether it is a consent or a reveal that came after enough others: no fault of the site's, and of no use any more."""
+    if signed.type not in (MessageType.CONSENT, MessageType.REVEAL) or signed.site not in state.roster:
+        return False
+    if (signed.run, signed.round, signed.attempt) != (state.run, state.number, state.attempt):
+        return False
+    order = list(Phase)
+    return order.index(state.phase) > order.index(_PHASE_OF[signed.type])
+
+
 def verified_event(manifest: Manifest, state: Round, signed: Signed) -> Message:
     """The event of one message. Raises ProtocolViolation naming the rule, or "phase" matters where it has no place now."""
     if signed.type is MessageType.COMPLAINT:

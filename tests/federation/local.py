@@ -84,7 +84,6 @@ class LocalFederation:
         self.start_coordinator()
         for name in self.sites:
             self.enrol(name)
-        for name in self.sites:
             self.daemon(name).start()
         for name in self.sites:
             self.wait_ready(name)

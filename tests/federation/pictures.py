@@ -46,6 +46,7 @@ def draw_losses(path: Path, curve: Sequence[Point], title: str) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(-0.02 * max(1, rounds[-1]), 1.02 * max(1, rounds[-1]))
     axes.set_xlabel("round (0: untrained)")
     axes.set_ylabel("held-out loss over all sites")
     axes.set_title(title, loc="left", color=INK)

@@ -42,7 +42,7 @@ from cosilo_server.store import terms_of
 from cosilo_server.verification import is_repeat, verified_event, verified_upload
 from tests.protocol.manifests import a_manifest
 
-WEIGHTS = b"the round's weights"
+WEIGHTS = bytes(192)  # as long as a safetensors file of these two tensors; only the fake trainer gets it
 CHECKPOINT = sha256(b"the next weights")
 
 

@@ -161,11 +161,19 @@ class HandSite:
         await call.done_writing()
         assert (await call.read()).stored
 
+    async def join(self) -> HandSite:
+        """Waits until the coordinator counts the stream."""
+        await self._until_connected_is(True)
+        return self
+
     async def leave(self) -> None:
         """Ends the stream, and waits until the coordinator has seen it."""
         self._call.cancel()
+        await self._until_connected_is(False)
+
+    async def _until_connected_is(self, wanted: bool) -> None:
         async with asyncio.timeout(TIMEOUT_S), self._world.coordinator.conductor.watch() as changed:
-            while self._world.coordinator.conductor.connected(self.name):
+            while self._world.coordinator.conductor.connected(self.name) is not wanted:
                 await changed.wait()
                 changed.clear()
 
@@ -225,7 +233,7 @@ async def test_a_round_gives_the_weighted_mean_whatever_the_order_of_arrival(wor
         manifest = world.manifest("mean", nonce=sha256(repr(order).encode())[:16].hex())
         run = await world.create(manifest)
         before = await newest_weights(world, run, manifest)
-        sites = {name: HandSite(world, name) for name in SITES}
+        sites = {name: await HandSite(world, name).join() for name in SITES}
         await start(world, run)
         owed = {name: await sites[name].owed(run, site_pb2.ROUND_PHASE_TRAINING) for name in SITES}
         for name in order:
@@ -255,7 +263,7 @@ async def test_a_round_gives_the_weighted_mean_whatever_the_order_of_arrival(wor
 async def test_a_rehearsal_opens_exactly_zero_and_moves_nothing(world: World) -> None:
     manifest = world.manifest("drill")
     run = await world.create(manifest)
-    sites = {name: HandSite(world, name) for name in SITES}
+    sites = {name: await HandSite(world, name).join() for name in SITES}
     await start(world, run, site_pb2.ROUND_KIND_REHEARSAL)
     for name in SITES:
         await sites[name].advert(await sites[name].owed(run, site_pb2.ROUND_PHASE_TRAINING), RoundKind.REHEARSAL)
@@ -275,7 +283,7 @@ async def test_a_rehearsal_opens_exactly_zero_and_moves_nothing(world: World) ->
 async def test_an_upload_resumes_at_its_offset_and_the_digest_decides(world: World) -> None:
     manifest = world.manifest("resume", n_min=1, participants=tuple(p for p in world.manifest("x").participants if p.name == "st-anna"))
     run = await world.create(manifest)
-    site = HandSite(world, "st-anna")
+    site = await HandSite(world, "st-anna").join()
     await start(world, run)
     await site.advert(await site.owed(run, site_pb2.ROUND_PHASE_TRAINING))
     due = await site.owed(run, site_pb2.ROUND_PHASE_UPLOADING)
@@ -309,7 +317,7 @@ async def test_an_upload_resumes_at_its_offset_and_the_digest_decides(world: Wor
 async def test_messages_of_another_site_run_or_round_are_refused_with_the_rule(world: World) -> None:
     manifest = world.manifest("wrong")
     run = await world.create(manifest)
-    sites = {name: HandSite(world, name) for name in SITES}
+    sites = {name: await HandSite(world, name).join() for name in SITES}
     await start(world, run)
     owed = await sites["st-anna"].owed(run, site_pb2.ROUND_PHASE_TRAINING)
     anna, beda = sites["st-anna"], sites["st-beda"]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from cosilo_common.errors import CosiloError
+from cosilo_common.framing import frame_data
 from cosilo_common.identity.names import Peer, Role
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.transfer import FileSource
@@ -32,7 +33,7 @@ async def send_artifact(
     peer: Peer,
     request: site_pb2.GetArtifactRequest,
     context: Context,
-) -> AsyncIterator[site_pb2.GetArtifactResponse]:
+) -> AsyncIterator[bytes]:
     """Chunks of an artifact that the caller may have, from the offset to the end."""
     site = peer.name.name
     sent, began = 0, time.monotonic()
@@ -46,10 +47,10 @@ async def send_artifact(
             await gate.abort(
                 context, grpc.StatusCode.OUT_OF_RANGE, "offset", f"offset {request.offset} is past the artifact's {source.size} bytes"
             )
-        yield site_pb2.GetArtifactResponse(total_bytes=source.size)
+        yield site_pb2.GetArtifactResponse(total_bytes=source.size).SerializeToString()
         offset, count = request.offset, 0
         while chunk := await asyncio.to_thread(source.chunk_at, offset):
-            yield site_pb2.GetArtifactResponse(data=chunk)
+            yield frame_data(chunk)
             offset += len(chunk)
             sent += len(chunk)
             count += 1

@@ -25,7 +25,7 @@ from cosilo_server.services.gate import Context, Gate
 from cosilo_server.services.translation import ACTIVITY_FROM_WIRE, DECLINE_FROM_WIRE, assignment_to_wire
 from cosilo_server.services.uploads import UploadDesk
 from cosilo_server.store import SiteSeen, Store
-from cosilo_server.verification import is_repeat, verified_event
+from cosilo_server.verification import is_repeat, is_superfluous, verified_event
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,10 @@ SOFTWARE_CHARS_MAX = 64
 
 
 class SiteService(site_pb2_grpc.SiteServiceServicer):
-    """Every method passes the gate first, and touches only what the caller's certificate allows."""
+    """Every method passes the gate first, and touches only what the caller's certificate allows.
+
+    Add it to a server with `add_to`: the two methods that carry chunks hand them on as bytes (cosilo_common.framing).
+    """
 
     def __init__(
         self,
@@ -57,6 +60,19 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         self._metrics = metrics
         self._streams_max = streams_per_site
         self._streams: dict[str, int] = {}
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers every method, then the two that carry chunks again: the later registration stands."""
+        chunked = {
+            "GetArtifact": grpc.unary_stream_rpc_method_handler(
+                self.GetArtifact, request_deserializer=site_pb2.GetArtifactRequest.FromString
+            ),
+            "PutUpdate": grpc.stream_stream_rpc_method_handler(
+                self.PutUpdate, response_serializer=site_pb2.PutUpdateResponse.SerializeToString
+            ),
+        }
+        site_pb2_grpc.add_SiteServiceServicer_to_server(self, server)
+        server.add_registered_method_handlers(site_pb2.DESCRIPTOR.services_by_name["SiteService"].full_name, chunked)
 
     async def Attend(
         self, request_iterator: AsyncIterator[site_pb2.AttendRequest], context: Context
@@ -149,7 +165,10 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
                 case _:
                     self._metrics.rejected.labels(reason="unknown_attend").inc()
 
-    async def GetArtifact(self, request: site_pb2.GetArtifactRequest, context: Context) -> AsyncIterator[site_pb2.GetArtifactResponse]:
+    async def GetArtifact(  # type: ignore[override]  # bytes where the stub has messages: `add_to` registers it so
+        self, request: site_pb2.GetArtifactRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        """GetArtifact, with its responses as bytes."""
         peer = await self._gate.site_or_admin(context)
         digest = request.digest.hex()
         if peer.name.role is Role.SITE:
@@ -173,9 +192,10 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
                 f"digest {digest.hex()[:12]} is not the weights of a run of {site}",
             )
 
-    async def PutUpdate(
-        self, request_iterator: AsyncIterator[site_pb2.PutUpdateRequest], context: Context
+    async def PutUpdate(  # type: ignore[override]  # likewise
+        self, request_iterator: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[site_pb2.PutUpdateResponse]:
+        """PutUpdate, with its requests as bytes."""
         peer = await self._gate.site(context)
         try:
             async for response in self._uploads.receive(peer.name.name, request_iterator):
@@ -198,7 +218,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         manifest, state = self._conductor.manifest(signed.run), self._conductor.round(signed.run)
         if manifest is None or state is None:
             raise CosiloError("submit", f"run {signed.run.hex()[:12]} has no round", "wait for an assignment")
-        if is_repeat(state, site, message):
+        if is_repeat(state, site, message) or is_superfluous(state, signed):
             return
         event = await asyncio.to_thread(verified_event, manifest, state, signed)
         if refused := await self._conductor.handle(signed.run, event):

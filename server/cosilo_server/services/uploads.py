@@ -10,7 +10,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+from google.protobuf.message import DecodeError
+
 from cosilo_common.errors import CosiloError
+from cosilo_common.framing import data_of
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import Signed
 from cosilo_common.secagg.messages import Upload as UploadBody
@@ -38,7 +41,7 @@ class UploadDesk:
         self._spool = spool
         self._metrics = metrics
 
-    async def receive(self, site: str, requests: AsyncIterator[site_pb2.PutUpdateRequest]) -> AsyncIterator[site_pb2.PutUpdateResponse]:
+    async def receive(self, site: str, requests: AsyncIterator[bytes]) -> AsyncIterator[site_pb2.PutUpdateResponse]:
         """One upload call. Raises CosiloError (ProtocolViolation, TransferError) with what is wrong."""
         iterator = aiter(requests)
         state, signed = await self._open(site, await _next(iterator, HEADER_TIMEOUT_S))
@@ -61,10 +64,14 @@ class UploadDesk:
         await self._deliver(state, site, signed, body)
         yield site_pb2.PutUpdateResponse(stored=True)
 
-    async def _open(self, site: str, first: site_pb2.PutUpdateRequest) -> tuple[Round, Signed]:
-        if first.WhichOneof("what") != "header":
+    async def _open(self, site: str, first: bytes) -> tuple[Round, Signed]:
+        try:
+            request = site_pb2.PutUpdateRequest.FromString(first)
+        except DecodeError:
+            raise TransferError(Refusal.BAD_DECLARATION, "upload", "the first message is no PutUpdateRequest") from None
+        if request.WhichOneof("what") != "header":
             raise TransferError(Refusal.BAD_DECLARATION, "upload", "the first message is the header")
-        header = first.header
+        header = request.header
         signed = Signed.decode(header.statement)
         if signed.site != site:
             raise ProtocolViolation(Rule.SIGNATURE, f"{site} uploads under a statement that names {signed.site}")
@@ -79,13 +86,15 @@ class UploadDesk:
         run, number = state.run.hex(), state.number
         return self._spool.whole(run, number, site) and file_digest(self._spool.path(run, number, site)) == digest
 
-    async def _fill(self, sink: FileSink, requests: AsyncIterator[site_pb2.PutUpdateRequest], state: Round, site: str) -> None:
+    async def _fill(self, sink: FileSink, requests: AsyncIterator[bytes], state: Round, site: str) -> None:
         began, received, count = time.monotonic(), 0, 0
         try:
             while not sink.complete:
-                request = await _next(requests, CHUNK_TIMEOUT_S)
-                await asyncio.to_thread(sink.append, sink.offset, request.data)
-                received += len(request.data)
+                chunk = data_of(await _next(requests, CHUNK_TIMEOUT_S))
+                if chunk is None:
+                    raise TransferError(Refusal.BAD_DECLARATION, "upload", "after the header come chunks of data, and nothing else")
+                await asyncio.to_thread(sink.append, sink.offset, chunk)
+                received += len(chunk)
                 count += 1
                 current = self._conductor.round(state.run)
                 if current is None or (current.number, current.phase) != (state.number, Phase.UPLOADING):
@@ -107,7 +116,7 @@ class UploadDesk:
             raise ProtocolViolation(Rule.ORDER, refused)
 
 
-async def _next(requests: AsyncIterator[site_pb2.PutUpdateRequest], timeout_s: float) -> site_pb2.PutUpdateRequest:
+async def _next(requests: AsyncIterator[bytes], timeout_s: float) -> bytes:
     try:
         return await asyncio.wait_for(anext(requests), timeout_s)
     except StopAsyncIteration:
