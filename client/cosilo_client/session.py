@@ -29,6 +29,7 @@ from cosilo_client.transport import AttendCall, Transport, failure, failure_of
 from cosilo_client.wire import RUNS_MAX, hello, owed_from, statement_to
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import Identity
+from cosilo_common.identity.renewal import renewal_due, renewal_request, take_renewed
 from cosilo_common.identity.tls import check_tls_files
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.telemetry import get_logger
@@ -37,6 +38,7 @@ from cosilo_common.transfer import FileSource, Refusal, TransferError
 TRIES_MAX: Final = 6  # of one call in a row that moved nothing while connected; then the next snapshot decides
 CORRUPT_MAX: Final = 3  # fetches whose bytes had another digest: a link corrupts once, a disk or a liar always
 STABLE_S: Final = 10.0  # a connection that stood for less is one more failure: a revoked site must not come each second
+RENEWAL_LOOK_S: Final = 3600.0  # and at each connecting; a third of a certificate's life is weeks
 SAY_INTERVAL_S: Final = 0.2  # between messages about progress: a transfer moves hundreds of chunks a second
 
 log = get_logger("cosilo.session")
@@ -205,6 +207,7 @@ class Session:
             beside = [
                 group.create_task(self._speak(call), name="attend: speak"),
                 group.create_task(self._take_members(transport, news), name="members"),
+                group.create_task(self._renew_for_ever(transport), name="renewal"),
             ]
             try:
                 seen = first.members_version
@@ -242,6 +245,19 @@ class Session:
                 await in_thread(self._on_members, data)
             except CosiloError as error:
                 log.warning("members list not taken", reason=str(error))
+
+    async def _renew_for_ever(self, transport: Transport) -> None:
+        """Renews the certificate when it is due; this connection goes on, and the next one shows the new certificate."""
+        while True:
+            try:
+                if await in_thread(renewal_due, self._identity, datetime.now(UTC)):
+                    chain = await transport.renew(await in_thread(renewal_request, self._identity))
+                    ends = await in_thread(take_renewed, self._identity, chain, datetime.now(UTC))
+                    self._metrics.certificate_expires(ends)
+                    log.info("certificate renewed", until=ends.isoformat())
+            except CosiloError as error:
+                log.warning("certificate not renewed", reason=str(error))
+            await asyncio.sleep(RENEWAL_LOOK_S)
 
     def _hand_on(self, response: site_pb2.AttendResponse) -> None:
         owed = []

@@ -140,6 +140,14 @@ class Transport:
         members: bytes = (await self._unary("fetch members", call)).members
         return members
 
+    async def renew(self, csr: bytes) -> bytes:
+        """The next certificate chain (PEM) for a request (PKCS#10, DER), not checked."""
+        request = site_pb2.RenewCertificateRequest(csr=csr)
+        chain: bytes = (
+            await self._unary("renew certificate", self._stub.RenewCertificate(request, timeout=self._timeout_s))
+        ).certificate_chain
+        return chain
+
     async def serving(self) -> bool:
         """What the coordinator's standard health service says of itself."""
         check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_HEALTH)

@@ -130,6 +130,10 @@ class Authority:
         does."""
         return self._issue_requested(csr, PeerName(self.federation, Role.ADMIN, name), now)
 
+    def renew(self, csr: bytes, name: PeerName, now: datetime) -> bytes:
+        """The next chain for a site or an admin whose present certificate names it so. Raises CosiloError as `read_csr` does."""
+        return self._issue_requested(csr, name, now)
+
     def issue_coordinator_certificate(self, key: ec.EllipticCurvePublicKey, now: datetime) -> bytes:
         """A chain (PEM: leaf, intermediate) for the coordinator's own key: the one leaf with a DNS name and server
         authentication."""

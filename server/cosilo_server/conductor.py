@@ -52,7 +52,7 @@ RECHECK_S = 5.0  # after a refusal that is not the sites' doing, such as a full 
 BACKOFF_MAX_S = 300.0  # a federation whose sites come back after a weekend starts within five minutes
 _FLOAT_BYTES = 4
 _CHECKPOINT_FILES = 4  # weights, ema and two moments at most
-_TRANSIENT = {"connected": False, "activity": Site.activity, "tenths": 0, "bytes_moved": 0, "progressed_at": 0.0}
+_TRANSIENT = {"connected": False, "activity": Site.activity, "tenths": 0, "bytes_moved": 0, "progressed_at": 0.0, "graces": 0}
 
 
 @dataclass
@@ -203,12 +203,17 @@ class Conductor:
                 await self.handle(record.run, Connected(site) if present else Disconnected(site))
         self.announce()
 
-    async def handle(self, run: bytes, event: Event) -> str:
-        """Moves a run's newest round by one event; returns why it was refused, or nothing."""
+    async def handle(self, run: bytes, event: Event, number: int | None = None) -> str:
+        """Moves a run's newest round by one event; returns why it was refused, or nothing.
+
+        number: the round that the event is of, where it was checked against a round that may be over by now.
+        """
         record = self._known(run)
         async with record.lock:
             if record.round is None:
                 return "the run has had no round"
+            if number is not None and number != record.round.number:
+                return f"round {number} is over; this is round {record.round.number}"
             return await self._handle(record, event)
 
     # --- the shell ---
@@ -266,19 +271,31 @@ class Conductor:
     async def _open(self, record: LiveRun, state: Round) -> None:
         """Opens the sum in a thread; the round closes, or is abandoned with the reason."""
         began = time.monotonic()
+        ended: SumOpened | SumRefused
         try:
             record.opened = await asyncio.to_thread(self._closer.open, record.manifest, state)
+            outcome, checkpoint = record.opened
+            self._metrics.sum_opened(record.run, outcome, time.monotonic() - began)
+            ended = SumOpened(checkpoint.weights if checkpoint else state.base_digest)
         except CosiloError as error:
             log.error("sum refused", run=record.run.hex()[:12], round=state.number, reason=str(error))
-            await self.handle(record.run, SumRefused(str(error)))
-            return
+            ended = SumRefused(str(error))
         except OSError as error:
-            await self.handle(record.run, SumRefused(f"opening the sum: {error}"))
-            return
-        outcome, checkpoint = record.opened
-        self._metrics.sum_opened(record.run, outcome, time.monotonic() - began)
-        weights = checkpoint.weights if checkpoint else state.base_digest
-        await self.handle(record.run, SumOpened(weights))
+            ended = SumRefused(f"opening the sum: {error}")
+        except Exception as error:  # no site and no deadline ends this phase: a fault of this program must
+            log.exception("sum not opened", run=record.run.hex()[:12], round=state.number)
+            ended = SumRefused(f"opening the sum failed: {type(error).__name__}")
+        await self._insist(record.run, ended, state.number)
+
+    async def _insist(self, run: bytes, ended: SumOpened | SumRefused, number: int) -> None:
+        """Has the end of an opening written down, however long the disk is full: nothing else would ever end that phase."""
+        while True:
+            try:
+                await self.handle(run, ended, number)
+                return
+            except Exception:
+                log.exception("the end of a round is not written down yet", run=run.hex()[:12], round=number)
+            await asyncio.sleep(RECHECK_S)
 
     async def _end(self, record: LiveRun, state: Round) -> None:
         record.opened = None

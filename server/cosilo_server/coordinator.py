@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +27,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.certificates import CHAIN_BYTES_MAX
 from cosilo_common.identity.folder import MEMBERS_FILE, load_identity
+from cosilo_common.identity.keys import load_tls_key
 from cosilo_common.identity.members import MEMBERS_BYTES_MAX
 from cosilo_common.identity.names import Role, expect_peer, peer_from_certificate
+from cosilo_common.identity.renewal import renewal_due, take_renewed
 from cosilo_common.identity.secret_files import read_public
 from cosilo_common.identity.tls import (
     ENROLMENT_REQUEST_BYTES_MAX,
@@ -59,6 +62,7 @@ from cosilo_server.store import Store
 
 log = structlog.get_logger(__name__)
 
+RENEWAL_LOOK_S = 3600.0  # a third of a certificate's life is weeks
 STOP_GRACE_S = 5.0  # calls in flight may end; sites resume the rest
 SERVICES = ("cosilo.v1.SiteService", "cosilo.v1.AdminService")
 
@@ -113,6 +117,7 @@ class Coordinator:
         self._config = config
         identity = load_identity(config.paths.identity)
         expect_peer(peer_from_certificate(read_public(identity.tls.certificate, CHAIN_BYTES_MAX)), config.federation, Role.COORDINATOR)
+        self._identity = identity
         self._tls = identity.tls
         data = config.paths.data
         self._store = Store(data / "state.db")
@@ -159,6 +164,7 @@ class Coordinator:
             self._artifacts,
             uploads,
             self._members,
+            self._authority,
             self.metrics,
             config.limits.streams_per_site,
         )
@@ -183,12 +189,14 @@ class Coordinator:
         for name in ("", *SERVICES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._serving = True
+        self._renewing = asyncio.create_task(self._renew_for_ever())
         _write_endpoints(config.paths.data / "endpoints.json", self.endpoints)
         log.info("coordinator ready", federation_name=config.federation, **self.endpoints)
 
     async def stop(self) -> None:
         """Stops taking calls, lets those in flight end within a grace, leaves every round resumable."""
         self._serving = False
+        self._renewing.cancel()
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
         await self.conductor.stop()
         self._telemetry.close()
@@ -205,6 +213,22 @@ class Coordinator:
         await server.start()
         self._servers.append(server)
         return f"{split_host_port(listen)[0]}:{port}"
+
+    async def _renew_for_ever(self) -> None:
+        """Renews the coordinator's own certificate when it is due; new handshakes see the new one, streams that stand go on."""
+        while True:
+            try:
+                await asyncio.to_thread(self._renew_if_due)
+            except CosiloError as error:
+                log.error("certificate not renewed", reason=str(error))
+            await asyncio.sleep(RENEWAL_LOOK_S)
+
+    def _renew_if_due(self) -> None:
+        now = datetime.now(UTC)
+        if renewal_due(self._identity, now):
+            key = load_tls_key(self._tls.key).public_key()
+            ends = take_renewed(self._identity, self._authority.issue_coordinator_certificate(key, now), now)
+            log.info("certificate renewed", until=ends.isoformat())
 
     def _prepare_gauges(self) -> None:
         self.metrics.disk_free.set_function(lambda: free_bytes(self._artifacts.root))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import psutil
 
@@ -25,6 +25,8 @@ from cosilo_server.cli.terminal import CoordinatorUnreachable
 from cosilo_server.rounds.state import Phase
 from tests.federation.local import COORDINATOR, LocalFederation
 from tests.federation.processes import FederationError, wait_until
+
+Found = TypeVar("Found")
 
 SITES: Final = 4
 STEP_TIMEOUT_S: Final = 120.0  # cold trainers of four sites on two busy cores; a step of warm ones takes a tenth of a second
@@ -86,7 +88,7 @@ class HeldRound:
         self.number = len(fetch_rounds(self._coordinator, bytes.fromhex(self._run))) + 1
         if phase is Phase.GATHERING:
             return self._gather()
-        wait_until(self._all_connected, "every site is connected", STEP_TIMEOUT_S)
+        self._within(self._all_connected, "every site is connected")
         self._hold_training()
         before: tuple[int, ...] = HOLDERS[Phase.TRAINING]
         for step in WALK:
@@ -133,13 +135,13 @@ class HeldRound:
     def _hold_training(self) -> None:
         """Starts the round with the first site's trainer stopped: before it has work where it is warm, else as soon as it is there."""
         site = self._cast[0]
-        warm = self._trainer(site)
+        warm = trainer_of(self._federation, site)
         if warm is not None:
             self._hold(site, warm)
         self._federation.start_rounds(self._run, 1)
         if warm is None:
-            self._hold(site, wait_until(lambda: self._trainer(site), f"{site} has a trainer", STEP_TIMEOUT_S))
-        wait_until(lambda: self._activity(site) == "training", f"{site} trains", STEP_TIMEOUT_S)
+            self._hold(site, self._within(lambda: trainer_of(self._federation, site), f"{site} has a trainer"))
+        self._within(lambda: self._activity(site) == "training", f"{site} trains")
 
     def _hide_upload(self) -> None:
         """Puts a pipe that nobody writes in the place of an upload: the coordinator waits for it while it opens the sum."""
@@ -161,9 +163,6 @@ class HeldRound:
         if process is not None and process.is_running():
             os.kill(process.pid, signal.SIGCONT)
 
-    def _trainer(self, site: str) -> psutil.Process | None:
-        return trainer_of(self._federation, site)
-
     # --- what the coordinator says ---
 
     def _wait(self, phase: Phase, delivered: Collection[str]) -> RoundShape:
@@ -178,7 +177,16 @@ class HeldRound:
             return entry if done >= set(delivered) else None
 
         what = f"round {self.number} is {phase} and {', '.join(delivered) or 'nobody'} has delivered"
-        return _with_logs(self._federation, lambda: wait_until(there, what, STEP_TIMEOUT_S))
+        return self._within(there, what)
+
+    def _within(self, condition: Callable[[], Found | None], what: str) -> Found:
+        """`wait_until`, with everybody's log where it is in vain."""
+        try:
+            found = wait_until(condition, what, STEP_TIMEOUT_S)
+        except FederationError as error:
+            raise FederationError(error.what, self._federation.log_files()) from None
+        assert found is not None  # what `wait_until` returns is truthy
+        return found
 
     def _entry(self) -> RoundShape | None:
         try:
@@ -216,10 +224,3 @@ def _command_line(process: psutil.Process) -> list[str]:
 def _refuse_end(entry: RoundShape | None, wanted: Phase) -> None:
     if entry is not None and entry["phase"] in (Phase.CLOSED, Phase.ABANDONED):
         raise FederationError(f"round {entry['round']} is {entry['phase']} ({entry['reason']}) and should have been {wanted}")
-
-
-def _with_logs(federation: LocalFederation, wait: Callable[[], RoundShape]) -> RoundShape:
-    try:
-        return wait()
-    except FederationError as error:
-        raise FederationError(error.what, federation.log_files()) from None

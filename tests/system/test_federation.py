@@ -20,6 +20,8 @@ from tests.federation.local import COORDINATOR, LocalFederation
 from tests.federation.processes import FederationError, wait_until
 from tests.federation.summary import summarise
 
+pytestmark = pytest.mark.timeout(600)  # five processes that each load torch: minutes where others share the machine
+
 TAIL_WORDS = 1 + 5 + 1 + 1 + 64  # PROTOCOL.md, Encoding: weight, 4 buckets and the training loss, clip ratio, one, zeros
 LATE_S = 30.0  # a warm trainer's tenth takes half a second; a cold start on a machine that others share has taken 17
 BATCH = 32

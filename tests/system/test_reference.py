@@ -22,9 +22,12 @@ from cosilo_common.diffusion.objective import noise_schedule, per_image_loss, to
 from cosilo_common.diffusion.presets import preset
 from cosilo_common.diffusion.seeding import site_seed
 from cosilo_common.diffusion.specification import Architecture, Preset
+from cosilo_common.manifest import PLAIN_AGGREGATION, SECURE_AGGREGATION
 from cosilo_common.weights import open_vector
 from tests.federation.digits import digits_sites
 from tests.federation.local import LocalFederation
+
+pytestmark = pytest.mark.timeout(600)  # five processes that each load torch: minutes where others share the machine
 
 Vector = NDArray[np.float32]
 
@@ -144,13 +147,33 @@ def check_against_the_loop(federation: LocalFederation, run: str, sites: Mapping
     assert np.abs(weights - checkpoints[0]).max() > 1e-3  # it did train
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["masked", "insecure-plain-sum"])
-def test_four_sites_equal_the_loop_after_three_rounds(federation: LocalFederation, plain: bool) -> None:
-    run = federation.create_run(plan(f"four-{'plain' if plain else 'masked'}", seed=int(plain)), plain=plain)
-    federation.accept_all(run)
-    rounds = federation.run_rounds(run, ROUNDS)
-    assert [(r["phase"], len(r["survivors"])) for r in rounds] == [("closed", 4)] * ROUNDS
-    check_against_the_loop(federation, run, site_data(federation), seed=int(plain))
+@pytest.fixture(scope="module")
+def four_site_runs(federation: LocalFederation) -> dict[str, str]:
+    """ROUNDS rounds of one plan, once with masks and once without; the runs by aggregation."""
+    runs = {}
+    for aggregation in (SECURE_AGGREGATION, PLAIN_AGGREGATION):
+        run = federation.create_run(plan(f"four-{aggregation.split('/')[0]}", seed=1), plain=aggregation == PLAIN_AGGREGATION)
+        federation.accept_all(run)
+        rounds = federation.run_rounds(run, ROUNDS)
+        assert [(r["phase"], len(r["survivors"])) for r in rounds] == [("closed", 4)] * ROUNDS
+        runs[aggregation] = run
+    return runs
+
+
+@pytest.mark.parametrize("aggregation", [SECURE_AGGREGATION, PLAIN_AGGREGATION])
+def test_four_sites_equal_the_loop_after_three_rounds(
+    federation: LocalFederation, four_site_runs: dict[str, str], aggregation: str
+) -> None:
+    check_against_the_loop(federation, four_site_runs[aggregation], site_data(federation), seed=1)
+
+
+def test_masks_change_no_bit_of_a_checkpoint(federation: LocalFederation, four_site_runs: dict[str, str]) -> None:
+    masked, plain = (
+        [(checkpoint["weights"], checkpoint["ema"]) for checkpoint in federation.checkpoints(four_site_runs[aggregation])]
+        for aggregation in (SECURE_AGGREGATION, PLAIN_AGGREGATION)
+    )
+    assert len(masked) == ROUNDS + 1
+    assert masked == plain
 
 
 def test_one_site_with_fedavg_is_local_training(federation: LocalFederation) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from cosilo_common.errors import CosiloError
@@ -82,9 +83,23 @@ def connect(seat: Seat) -> Iterator[Coordinator]:
     address = seat.address or identity.membership.address
     channel = federation_channel_sync(address, identity.tls)
     try:
-        yield Coordinator(channel, identity, address)
+        coordinator = Coordinator(channel, identity, address)
+        _renew_if_due(coordinator)
+        yield coordinator
     finally:
         channel.close()
+
+
+def _renew_if_due(coordinator: Coordinator) -> None:
+    """Renews the admin's certificate in its last third, by the way of whatever was asked."""
+    from cosilo_common.identity.renewal import renewal_due, renewal_request, take_renewed
+    from cosilo_common.rpc.v1.site_pb2 import RenewCertificateRequest
+
+    now = datetime.now(UTC)
+    if renewal_due(coordinator.identity, now):
+        question = RenewCertificateRequest(csr=renewal_request(coordinator.identity))
+        answer = coordinator.ask("renew certificate", coordinator.site.RenewCertificate, question)
+        take_renewed(coordinator.identity, answer.certificate_chain, now)
 
 
 def quiet_grpc() -> None:

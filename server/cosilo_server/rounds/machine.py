@@ -5,7 +5,8 @@ Its rules:
    it has *given up* when it declined. The phase ends when every site it waits for has delivered, is late or has given up, or as soon as
    enough have where the protocol needs no more.
 2. If enough delivered, the next phase begins; if not, the round is abandoned with a reason (or, while shares are dealt, a new attempt begins).
-   So every phase has an exit: progress is bounded (PROGRESS_PARTS) and a deadline runs from the last of it.
+   So every phase has an exit: progress is bounded (PROGRESS_PARTS), reconnections that excuse a silence are (GRACES_MAX), and a deadline
+   runs from the last of them.
 3. The first delivery of a kind stands. The same bytes again change nothing; other bytes are refused.
 4. Once survivors are proposed they never change (PROTOCOL.md, phase 5).
 Sources: PROTOCOL.md, Phases and R1; Bonawitz et al., CCS 2017, figure 4.
@@ -46,6 +47,7 @@ from cosilo_server.rounds.state import ACTIVITY_ORDER, Phase, Round, Site, Terms
 ATTEMPTS_MAX = 5  # PROTOCOL.md, phase 2
 PROGRESS_PARTS = 128  # a transfer counts as advancing when it moved this part of the model: bounds how long a dribble can hold a round
 PROGRESS_BYTES_MIN = 64 << 10  # and at least this much, so that a tiny model is not held by single bytes
+GRACES_MAX = 3  # reconnections in a phase that give a whole deadline again: a site may crash twice, not hold a round by flapping
 
 Step = tuple[Round, tuple[Effect, ...]]
 
@@ -138,10 +140,12 @@ def deadline_s(state: Round) -> float:
 def _note(state: Round, event: Event, now: float) -> Round:
     match event:
         case Connected(name):
-            return _with_site(state, name, connected=True, progressed_at=now)
+            graces = state.sites[name].graces + 1
+            excused = {"progressed_at": now, "graces": graces} if graces <= GRACES_MAX else {}
+            return _with_site(state, name, connected=True, **excused)
         case Disconnected(name):
             return _with_site(state, name, connected=False)
-        case Declined(name, code):
+        case Declined(name, code) if state.sites[name].declined is None:  # the first stands until it works again: each is written down
             return _with_site(state, name, declined=code)
         case Progressed(name, activity, tenths, moved):
             return _progress(state, name, Site(activity=activity, tenths=tenths, bytes_moved=moved), now)
@@ -150,20 +154,25 @@ def _note(state: Round, event: Event, now: float) -> Round:
 
 
 def _progress(state: Round, name: str, said: Site, now: float) -> Round:
-    """Takes progress when it is real: a later activity, a higher tenth, or a whole part of the model more."""
+    """Takes progress when it is real: a later activity, a higher tenth, or a whole part of the model more, of which there are only so many."""
     site = state.sites[name]
     part = max(PROGRESS_BYTES_MIN, state.base_bytes // PROGRESS_PARTS)
-    before = (ACTIVITY_ORDER[site.activity], site.tenths, site.bytes_moved // part)
-    after = (ACTIVITY_ORDER[said.activity], min(max(said.tenths, 0), 10), said.bytes_moved // part)
-    whole = said.activity is site.activity and said.bytes_moved > site.bytes_moved and said.bytes_moved >= state.base_bytes
-    if after <= before and not whole:
+    most = state.base_bytes // part + 1  # a site says what it likes: more than the model is no progress
+    tenths = min(max(said.tenths, 0), 10)
+    later = ACTIVITY_ORDER[said.activity] > ACTIVITY_ORDER[site.activity]
+    further = tenths > site.tenths or min(said.bytes_moved // part, most) > site.bytes_moved // part
+    whole = site.bytes_moved < state.base_bytes <= said.bytes_moved
+    if not later and (said.activity is not site.activity or not (further or whole)):
         return state
+    if not later:
+        tenths = max(tenths, site.tenths)
+        said = replace(said, bytes_moved=max(said.bytes_moved, site.bytes_moved))
     # A site that declined and then works has changed its mind (an acceptance, an hour of the day): it is in again.
     return _with_site(
         state,
         name,
         activity=said.activity,
-        tenths=after[1],
+        tenths=tenths,
         bytes_moved=said.bytes_moved,
         progressed_at=now,
         declined=None,
@@ -313,8 +322,10 @@ def _after_training(state: Round, delivered: tuple[str, ...], now: float) -> Ste
 def _after_sharing(state: Round, delivered: tuple[str, ...], now: float) -> Step:
     if len(delivered) == len(state.roster):
         return _enter(state, Phase.UPLOADING, now), ()
-    missing = ", ".join(n for n in state.roster if n not in delivered)
-    return _next_attempt(state, f"no shares from {missing}", now)
+    missing = [n for n in state.roster if n not in delivered]
+    for name in missing:  # left out also where it gave up: one that adverts and declines anew would spend every attempt
+        state = _with_site(state, name, late=True)
+    return _next_attempt(state, f"no shares from {', '.join(missing)}", now)
 
 
 def _after_uploading(state: Round, delivered: tuple[str, ...], now: float) -> Step:
@@ -353,7 +364,7 @@ TABLE: Mapping[Phase, PhaseRule] = {
 
 
 def _enter(state: Round, phase: Phase, now: float) -> Round:
-    sites = state.sites
+    sites = {n: replace(s, graces=0) if s.graces else s for n, s in state.sites.items()}
     if phase in (Phase.CONSENTING, Phase.REVEALING):
         # A site that was late or gave up while uploading may still sign and reveal: it holds shares that the others need.
         sites = {n: replace(s, late=False, declined=None) for n, s in sites.items()}

@@ -112,6 +112,7 @@ class Site:
     tenths: int = 0
     bytes_moved: int = 0
     progressed_at: float = 0.0
+    graces: int = 0  # reconnections in this phase that gave it a whole deadline again
 
 
 @dataclass(frozen=True)

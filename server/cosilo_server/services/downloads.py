@@ -55,7 +55,8 @@ async def send_artifact(
             sent += len(chunk)
             count += 1
             if serving is not None and count % PROGRESS_EVERY_CHUNKS == 0:
-                await conductor.handle(serving.run, Progressed(site, Activity.FETCHING, 10 * offset // source.size, offset))
+                progress = Progressed(site, Activity.FETCHING, 10 * offset // source.size, offset)
+                await conductor.handle(serving.run, progress, serving.number)
         metrics.transfer_duration.labels(direction="down").observe(time.monotonic() - began)
     finally:
         source.close()

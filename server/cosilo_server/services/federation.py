@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from cosilo_common.rpc.v1 import site_pb2, site_pb2_grpc
 from cosilo_common.secagg.messages import Signed
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
 from cosilo_server.artifacts import Artifacts
+from cosilo_server.authority import Authority
 from cosilo_server.conductor import Conductor
 from cosilo_server.membership import StoredMembers
 from cosilo_server.metrics import CoordinatorMetrics
@@ -48,6 +50,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         artifacts: Artifacts,
         uploads: UploadDesk,
         members: StoredMembers,
+        authority: Authority,
         metrics: CoordinatorMetrics,
         streams_per_site: int,
     ) -> None:
@@ -57,6 +60,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         self._artifacts = artifacts
         self._uploads = uploads
         self._members = members
+        self._authority = authority
         self._metrics = metrics
         self._streams_max = streams_per_site
         self._streams: dict[str, int] = {}
@@ -154,14 +158,14 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
                     activity = ACTIVITY_FROM_WIRE.get(said.activity)
                     current = self._conductor.round(said.run)
                     if activity is not None and current is not None and current.number == said.round:
-                        await self._conductor.handle(said.run, Progressed(site, activity, said.tenths, said.bytes))
+                        await self._conductor.handle(said.run, Progressed(site, activity, said.tenths, said.bytes), said.round)
                 case "decline":
                     declined = request.decline
                     code = DECLINE_FROM_WIRE.get(declined.code)
                     current = self._conductor.round(declined.run)
                     if code is not None and current is not None and current.number == declined.round:
                         log.warning("site declines", site=site, run=declined.run.hex()[:12], round=declined.round, code=code)
-                        await self._conductor.handle(declined.run, Declined(site, code))
+                        await self._conductor.handle(declined.run, Declined(site, code), declined.round)
                 case _:
                     self._metrics.rejected.labels(reason="unknown_attend").inc()
 
@@ -211,6 +215,15 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
             await self._gate.refuse(context, error)
         return site_pb2.SubmitResponse()
 
+    async def RenewCertificate(self, request: site_pb2.RenewCertificateRequest, context: Context) -> site_pb2.RenewCertificateResponse:
+        peer = await self._gate.site_or_admin(context)
+        try:
+            chain = await asyncio.to_thread(self._authority.renew, request.csr, peer.name, datetime.now(UTC))
+        except CosiloError as error:
+            await self._gate.refuse(context, error)
+        log.info("certificate renewed", party=str(peer.name))
+        return site_pb2.RenewCertificateResponse(certificate_chain=chain)
+
     async def _submit(self, site: str, message: bytes) -> None:
         signed = Signed.decode(message)
         if signed.site != site:
@@ -221,7 +234,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         if is_repeat(state, site, message) or is_superfluous(state, signed):
             return
         event = await asyncio.to_thread(verified_event, manifest, state, signed)
-        if refused := await self._conductor.handle(signed.run, event):
+        if refused := await self._conductor.handle(signed.run, event, signed.round):
             raise ProtocolViolation(Rule.ORDER, refused)
 
     async def GetRun(self, request: site_pb2.GetRunRequest, context: Context) -> site_pb2.GetRunResponse:

@@ -70,6 +70,11 @@ class SiteServiceStub:
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersRequest.SerializeToString,
                 response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersResponse.FromString,
                 _registered_method=True)
+        self.RenewCertificate = channel.unary_unary(
+                '/cosilo.v1.SiteService/RenewCertificate',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateResponse.FromString,
+                _registered_method=True)
 
 
 class SiteServiceServicer:
@@ -126,6 +131,13 @@ class SiteServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewCertificate(self, request, context):
+        """The next certificate for the name and role of the caller's present one. Callers: sites and admins that are members.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SiteServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +175,11 @@ def add_SiteServiceServicer_to_server(servicer, server):
                     servicer.GetMembers,
                     request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersRequest.FromString,
                     response_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersResponse.SerializeToString,
+            ),
+            'RenewCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewCertificate,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -355,6 +372,33 @@ class SiteService:
             '/cosilo.v1.SiteService/GetMembers',
             cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersRequest.SerializeToString,
             cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.SiteService/RenewCertificate',
+            cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

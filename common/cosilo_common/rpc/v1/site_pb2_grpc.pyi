@@ -51,6 +51,8 @@ class SiteServiceStub:
     """Digests of the runs that name the calling site as a participant."""
     GetMembers: _grpc.UnaryUnaryMultiCallable[_site_pb2.GetMembersRequest, _site_pb2.GetMembersResponse]
     """The newest members list, which the caller verifies against the admin key it pinned at enrolment."""
+    RenewCertificate: _grpc.UnaryUnaryMultiCallable[_site_pb2.RenewCertificateRequest, _site_pb2.RenewCertificateResponse]
+    """The next certificate for the name and role of the caller's present one. Callers: sites and admins that are members."""
 
 @_typing.type_check_only
 class SiteServiceAsyncStub(SiteServiceStub):
@@ -73,6 +75,8 @@ class SiteServiceAsyncStub(SiteServiceStub):
     """Digests of the runs that name the calling site as a participant."""
     GetMembers: _aio.UnaryUnaryMultiCallable[_site_pb2.GetMembersRequest, _site_pb2.GetMembersResponse]  # type: ignore[assignment]
     """The newest members list, which the caller verifies against the admin key it pinned at enrolment."""
+    RenewCertificate: _aio.UnaryUnaryMultiCallable[_site_pb2.RenewCertificateRequest, _site_pb2.RenewCertificateResponse]  # type: ignore[assignment]
+    """The next certificate for the name and role of the caller's present one. Callers: sites and admins that are members."""
 
 class SiteServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a site calls."""
@@ -134,5 +138,13 @@ class SiteServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_site_pb2.GetMembersResponse, _abc.Awaitable[_site_pb2.GetMembersResponse]]:
         """The newest members list, which the caller verifies against the admin key it pinned at enrolment."""
+
+    @_abc_1.abstractmethod
+    def RenewCertificate(
+        self,
+        request: _site_pb2.RenewCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_site_pb2.RenewCertificateResponse, _abc.Awaitable[_site_pb2.RenewCertificateResponse]]:
+        """The next certificate for the name and role of the caller's present one. Callers: sites and admins that are members."""
 
 def add_SiteServiceServicer_to_server(servicer: SiteServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
