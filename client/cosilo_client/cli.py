@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosilo_client.terminal import ExitCode, ask, columns, explain, note, refuse, say, say_json
+from cosilo_client.terminal import ExitCode, ask, ask_to_type, columns, explain, note, refuse, say, say_json
 from cosilo_common.errors import CosiloError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG_VARIABLE = "COSILO_SITE_CONFIG"
 DEFAULT_CONFIG = Path("/etc/cosilo/site.toml")
+ROUNDS_PER_MODEL_MAX = 100  # as in cosilo_client.run_terms, which is slow to import
 
 _HELP = """The daemon of one site, and what a person at the site asks of it.
 
@@ -46,7 +47,7 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object for programs; see docs/cli.md.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object for programs; see docs/cli-site.md.")]
 
 
 def _say_version(wanted: bool) -> None:
@@ -143,6 +144,46 @@ def accept(
         raise typer.Exit(ExitCode.FAILED)
     accept_candidate(site, identity, candidate)
     say(f"accepted {candidate.run.hex()}")
+
+
+@app.command()
+def permit(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An accepted run's digest, or how it begins.")],
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, max=ROUNDS_PER_MODEL_MAX, help="Uploads for that model, in all.")],
+    base: Annotated[str, typer.Option("--base", metavar="DIGEST|newest", help="The model's digest, or how it begins.")] = "newest",
+    config: ConfigOption = None,
+) -> None:
+    """Allow more uploads from one model than this site makes unasked (R8), after saying what that risks."""
+    site = _config(context, config)
+    from cosilo_client.overrides import explain_permit, find_model, permit_model
+
+    found = find_model(site, run, base)
+    say(explain_permit(found, rounds))
+    say()
+    if not ask(f"Permit {rounds} uploads in all from this model?"):
+        refuse("permit model: not permitted; nothing was written")
+        raise typer.Exit(ExitCode.FAILED)
+    permit_model(site, found, rounds)
+    say(f"permitted {rounds} uploads in all from model {found.digest.hex()}; rounds that begin from now on know it")
+
+
+@app.command()
+def vouch(context: typer.Context, config: ConfigOption = None) -> None:
+    """Say that a state folder which was moved or changed owner is no backup, after reading why to enrol again instead."""
+    site = _config(context, config)
+    from cosilo_client.overrides import explain_vouch, vouch_for_folder, went_back, words_of_vouch
+
+    if not went_back(site):
+        say(f"nothing to vouch for: {site.state} is as this site's key left it")
+        return
+    say(explain_vouch(site))
+    say()
+    if not ask_to_type(words_of_vouch(site)):
+        refuse("vouch: not vouched for; nothing was written", "enrol again with a new key: see docs/cli-site.md, vouch")
+        raise typer.Exit(ExitCode.FAILED)
+    vouch_for_folder(site)
+    say(f"vouched for {site.state}; the daemon will start")
 
 
 @app.command()

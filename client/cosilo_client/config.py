@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cosilo_client.data.config import DataConfig
+from cosilo_client.run_terms import ROUNDS_PER_MODEL, ROUNDS_PER_MODEL_MAX
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import PARTICIPANTS_MAX, ROUNDS_MAX, describe_validation
 from cosilo_common.telemetry import LogForm, LogLevel, parse_listen
@@ -119,12 +120,16 @@ class PolicyTable(_Table):
 
     runs: "accepted" (a person runs `cosilo-site accept`), or a list of runs, by name or digest, that are also accepted
     without a person where every participant's key was pinned before. rounds_max, hours_max: rounds and hours of
-    training in one run, in all. cohort_min: fewest sites invited to a round. f_min: least f of a run, by default
-    max(1, floor(|P| / 3)). hours: of the site's local day, in which a round may begin; empty for any.
+    training in one run, in all. statistics_rounds_max: statistics rounds in one run, in all, and never more than
+    rounds_max. max_rounds_per_model: R8's bound where a run's manifest asks for more. cohort_min: fewest sites invited
+    to a round. f_min: least f of a run, by default max(1, floor(|P| / 3)). hours: of the site's local day, in which a
+    round may begin; empty for any.
     """
 
     runs: Literal["accepted"] | Annotated[tuple[RunName, ...], Field(max_length=RUNS_MAX)] = "accepted"
     rounds_max: Annotated[Whole, Field(ge=0, le=ROUNDS_MAX)] = ROUNDS_MAX
+    statistics_rounds_max: Annotated[Whole, Field(ge=0, le=ROUNDS_MAX)] = 100
+    max_rounds_per_model: Annotated[Whole, Field(ge=1, le=ROUNDS_PER_MODEL_MAX)] = ROUNDS_PER_MODEL
     hours_max: Annotated[float, Field(strict=True, ge=0, le=HOURS_MAX)] = HOURS_MAX
     cohort_min: Annotated[Whole, Field(ge=1, le=PARTICIPANTS_MAX)] = 3
     f_min: Annotated[Whole, Field(ge=0, le=PARTICIPANTS_MAX)] | None = None

@@ -33,6 +33,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import Identity, load_identity
 from cosilo_common.identity.keys import public_bytes
 from cosilo_common.identity.names import Role
+from cosilo_common.supervision import Supervisor
 from cosilo_common.telemetry import configure_logging, get_logger, parse_listen, serve_telemetry
 
 IDENTITY_FOLDER: Final = "identity"
@@ -80,11 +81,13 @@ async def _serve(config: SiteConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with _daemon(config) as session:
+    supervisor = Supervisor.of_this_process()
+    async with _daemon(config, supervisor) as session:
         attending = asyncio.create_task(session.run(), name="session")
         stopped = asyncio.create_task(stop.wait(), name="stop")
         await asyncio.wait({attending, stopped}, return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")
+        supervisor.stopping()
         for task in (attending, stopped):
             task.cancel()
         await asyncio.gather(attending, stopped, return_exceptions=True)
@@ -94,7 +97,7 @@ async def _serve(config: SiteConfig) -> None:
 
 
 @asynccontextmanager
-async def _daemon(config: SiteConfig) -> AsyncIterator[Session]:
+async def _daemon(config: SiteConfig, supervisor: Supervisor) -> AsyncIterator[Session]:
     """Everything of the daemon but its session's loop, taken down in the opposite order."""
     state, identity = config.state, site_identity(config.state)
     key = identity.signing_key()
@@ -147,6 +150,9 @@ async def _daemon(config: SiteConfig) -> AsyncIterator[Session]:
         write_durably(endpoints, json.dumps({"metrics": metrics_address}).encode())
         stack.callback(unlink_durably, endpoints)
         log.info("site ready", site=identity.peer.uri(), coordinator=identity.membership.address, metrics=metrics_address)
+        supervisor.ready()
+        feeding = asyncio.create_task(supervisor.feed_for_ever(pulse.state, session.state), name="watchdog")
+        stack.callback(feeding.cancel)
         yield session
         with suppress(asyncio.CancelledError):
             beating.cancel()

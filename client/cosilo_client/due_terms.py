@@ -5,10 +5,12 @@ Pure. Must not know the journal or the wire.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Final
 
-from cosilo_common.encoding import Encoding, Section
+from cosilo_common.clip_ranges import least_clip, round_encoding
+from cosilo_common.encoding import Encoding
+from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
@@ -28,27 +30,23 @@ def check_base_bytes(manifest: Manifest, base_bytes: int) -> None:
 def checked_encoding(manifest: Manifest, kind: RoundKind, data: bytes) -> Encoding:
     """The encoding of a round, rebuilt here from the manifest; raises ProtocolViolation("R3") on any other bytes.
 
-    Only at b = 24 may the coordinator choose: one clip a tensor, within (0, the manifest's].
+    Only the clips of b = 24 are the coordinator's to choose: one for each tensor, from `least_clip` to the manifest's.
     """
-    terms, table = manifest.encoding, manifest.tensor_table
-    due = Encoding(
-        bits=terms.bits,
-        participants=len(manifest.participants),
-        cap=terms.cap,
-        sections=() if kind is RoundKind.STATISTICS else (Section(table.size, terms.clip),),
-        loss_max=terms.loss_max,
-        losses=manifest.loss_words,
-    )
+    due = round_encoding(manifest, kind)
     if data == due.canonical():
         return due
-    if terms.bits == 24 and kind is RoundKind.TRAIN:
-        found = Encoding.parse(data)
-        sizes = [section.size for section in found.sections]
-        fixed = (found.bits, found.participants, found.cap, found.loss_max, found.losses)
-        if (
-            fixed == (due.bits, due.participants, due.cap, due.loss_max, due.losses)
-            and sizes == [math.prod(shape) for _, shape in table.entries]
-            and all(0 < section.clip <= terms.clip for section in found.sections)
-        ):
+    if manifest.encoding.bits == 24 and kind is not RoundKind.STATISTICS:
+        found = _parsed(data)
+        least, most = least_clip(manifest.encoding.clip), manifest.encoding.clip
+        same = replace(found, sections=due.sections) == due
+        sizes = [section.size for section in found.sections] == [section.size for section in due.sections]
+        if same and sizes and all(least <= section.clip <= most for section in found.sections):
             return found
-    raise ProtocolViolation(Rule.ONE_MODEL, "the round's encoding is not the one that the manifest gives")
+    raise ProtocolViolation(Rule.ONE_MODEL, "the round's encoding is not one that the manifest gives")
+
+
+def _parsed(data: bytes) -> Encoding:
+    try:
+        return Encoding.parse(data)
+    except CosiloError as error:
+        raise ProtocolViolation(Rule.ONE_MODEL, error.subject) from None

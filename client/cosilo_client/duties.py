@@ -29,6 +29,7 @@ from cosilo_client.training import TENTHS, Training, reporter
 from cosilo_common.encoding import Encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest, parse_manifest
+from cosilo_common.secagg.keys import Randomness, SystemRandomness
 from cosilo_common.secagg.messages import RoundKind, Signed
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
 from cosilo_common.telemetry import get_logger
@@ -46,7 +47,7 @@ log = get_logger("cosilo.duties")
 @dataclass(frozen=True)
 class Site:
     """This site, as its duties need it. accept: accepts a run by policy, or says why not; role_lock: one call at a time
-    into the journal, over all runs."""
+    into the journal, over all runs; randomness: of its keys and shares."""
 
     name: str
     key: Ed25519PrivateKey = field(repr=False)
@@ -58,6 +59,7 @@ class Site:
     accept: Accept
     local_time: Callable[[], time]
     role_lock: asyncio.Lock
+    randomness: Randomness = field(default_factory=SystemRandomness)
 
 
 class Unwilling(Exception):
@@ -204,8 +206,13 @@ class Duties:
         """The role, with this round begun or resumed."""
         manifest = await self._accepted()
         if self._role is None:
-            terms = RunTerms.of(manifest, least_f=least_f(self._site.policy, len(manifest.participants)))
-            self._role = SiteRole(terms, self._site.name, self._site.key, self._site.journal)
+            policy = self._site.policy
+            terms = RunTerms.of(
+                manifest,
+                least_f=least_f(policy, len(manifest.participants)),
+                rounds_per_model=policy.max_rounds_per_model,
+            )
+            self._role = SiteRole(terms, self._site.name, self._site.key, self._site.journal, self._site.randomness)
         encoding = self._encoding(manifest, owed)
         start = Start(owed.round, owed.kind, owed.invited_sites, owed.base_digest, encoding, encoding.digest())
         if start != self._start:

@@ -3,9 +3,10 @@
 A backup put back holds a ledger that no longer knows its last consents, so the key that signed them may not sign on:
 the site enrols again with a new key. What is checked: a file `incarnation` holds a random token that the ledger also
 holds, both change before each step that must not be repeated, and the ledger remembers the file's change time, which
-the kernel sets and no restore can put back. So this finds a restored database (another token) and a restored or
-copied folder (another change time). It cannot find a snapshot of the whole machine put back: docs say so. Owns that
-one file and that one row.
+the kernel sets and no restore can put back. The file also says whose token it is, so that a ledger which was deleted
+does not begin again, empty, under the key that it counted for. So this finds a restored database (another token), a
+restored or copied folder (another change time) and a lost database. It cannot find a snapshot of the whole machine put
+back: docs say so. Owns that one file and that one row.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cosilo_client.durable import write_durably
 from cosilo_client.ledger import tables
+from cosilo_common.canonical import lp, sha256
 from cosilo_common.database import reading
 from cosilo_common.errors import CosiloError
 from cosilo_common.secagg.keys import Randomness
 
 TOKEN_BYTES: Final = 16
+_LABEL: Final = b"cosilo/incarnation/1"
 
 _incarnation = Table(
     "incarnation",
@@ -33,6 +36,10 @@ _incarnation = Table(
     Column("coming", LargeBinary, nullable=False),  # written before the file is, so that a crash between is no alarm
     Column("changed_ns", Integer, nullable=False),
 )
+
+
+class FolderWentBack(CosiloError):
+    """A folder that is not as its key left it: a backup put back, a copy, or one that was moved or changed owner."""
 
 
 class Incarnation:
@@ -48,10 +55,16 @@ class Incarnation:
 
         site_key: Ed25519 public key, 32 bytes. vouched: a person says that the folder was moved or changed owner and
         is no backup. Returns whether the key is new to this ledger. Raises CosiloError where the folder is a restored
-        backup or a copy.
+        backup or a copy, or where this key's ledger is gone, for which nobody can vouch.
         """
         with reading(self._engine) as connection:
             row = connection.execute(select(_incarnation)).one_or_none()
+        if row is None and self._found()[TOKEN_BYTES:] == _owner(site_key):
+            raise CosiloError(
+                "open journal",
+                f"{self._path.parent}: the ledger is gone, and with it what this site's key has signed",
+                "put the newest state.db back, or enrol again with a new key: cosilo-site enrol",
+            )
         if row is None or bytes(row.site_key) != site_key:
             self._write(site_key)
             return True
@@ -67,22 +80,25 @@ class Incarnation:
         self._write(site_key)
 
     def _check(self, token: bytes, coming: bytes, changed_ns: int) -> None:
-        try:
-            found, found_ns = self._path.read_bytes(), self._path.stat().st_ctime_ns
-        except FileNotFoundError:
-            found, found_ns = b"", 0
-        if found == token and found_ns == changed_ns:
+        found = self._found()
+        if found == token and found and self._path.stat().st_ctime_ns == changed_ns:
             return
         if found == coming and coming != token:
             return  # killed between writing the file and noting it
-        raise CosiloError(
+        raise FolderWentBack(
             "open journal",
             f"{self._path.parent} was restored from a backup, copied or re-owned; its key may have signed more",
-            "enrol again with a new key: cosilo-site enrol (see docs/operating for a folder that was only moved)",
+            "enrol again with a new key: cosilo-site enrol; for a folder that was only moved or re-owned: cosilo-site vouch",
         )
 
+    def _found(self) -> bytes:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return b""
+
     def _write(self, site_key: bytes) -> None:
-        coming = self._randomness.token_bytes(TOKEN_BYTES)
+        coming = self._randomness.token_bytes(TOKEN_BYTES) + _owner(site_key)
         with self._engine.begin() as connection:
             row = {"id": 1, "site_key": site_key, "token": b"", "coming": coming, "changed_ns": 0}
             statement = upsert(_incarnation).values(row)
@@ -91,3 +107,7 @@ class Incarnation:
         changed_ns = self._path.stat().st_ctime_ns
         with self._engine.begin() as connection:
             connection.execute(update(_incarnation).values(token=coming, changed_ns=changed_ns))
+
+
+def _owner(site_key: bytes) -> bytes:
+    return sha256(lp(_LABEL, site_key))

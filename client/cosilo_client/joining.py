@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from cosilo_client.acceptance import AcceptedBy, accept_run
 from cosilo_client.config import PolicyTable
@@ -16,11 +17,14 @@ from cosilo_client.coordinator import SignedRun
 from cosilo_client.ledger import Ledger
 from cosilo_client.owed import DeclineCode
 from cosilo_client.policy import Refusal, is_listed, refuse_run, refuse_unasked
+from cosilo_client.run_terms import ROUNDS_PER_MODEL
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import Identity
 from cosilo_common.identity.keys import fingerprint, public_bytes
 from cosilo_common.manifest import Manifest, verify_manifest
 from cosilo_common.secagg.messages import threshold
+
+UNLISTED_MAX: Final = 10_000  # digests of runs that the policy does not name: a federation makes some tens a year
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,19 @@ class PolicyAcceptance:
         self._fetch = fetch
         self._now = now
         self._candidates: dict[bytes, Candidate] = {}
+        self._unlisted: set[bytes] = set()
 
     async def __call__(self, run: bytes) -> Refusal | None:
         """None where the run is accepted now, or why not. Raises what fetching raises."""
-        if self._policy.runs == "accepted":
+        if self._policy.runs == "accepted" or run in self._unlisted:
             return refuse_unlisted(run)
         if run not in self._candidates:
             candidate = verify_candidate(self._identity, await self._fetch(run))
             if candidate.run != run:
                 raise CosiloError("fetch run", f"{run.hex()[:12]}: another manifest came", "tell the coordinator's admin")
             if not is_listed(self._policy, run, candidate.manifest.name):
+                if len(self._unlisted) < UNLISTED_MAX:  # what a digest names never changes, and this is asked every few seconds
+                    self._unlisted.add(run)
                 return refuse_unlisted(run)
             self._candidates[run] = candidate  # few: only runs that the policy names
         candidate = self._candidates[run]
@@ -112,6 +119,7 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
         f"    the number of images trained on (at most {manifest.encoding.cap}), and {manifest.loss_words} mean losses",
         "  how far it is (fetching, training, masking, uploading; in tenths) and how many bytes have moved",
         f"How often: at most {manifest.rounds_max} rounds",
+        *_looks(manifest, policy),
         f"  this site's policy: {_policy_bounds(policy)}",
         "",
         "To whom",
@@ -135,6 +143,21 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
     if refusal is not None:
         lines += ["", f"As things stand this site would join no round: {refusal.reason}"]
     return "\n".join(lines)
+
+
+def _looks(manifest: Manifest, policy: PolicyTable) -> list[str]:
+    """R8 in plain words."""
+    asked, most = manifest.max_rounds_per_model, min(manifest.max_rounds_per_model, policy.max_rounds_per_model)
+    lines = [
+        f"  at most {most} with an upload from any one model, training and statistics rounds together, over all runs (R8),",
+        "    and always among the same invited sites; a rehearsal's upload is zero and does not count",
+    ]
+    if asked > ROUNDS_PER_MODEL:
+        lines.append(f"  the run asks for up to {asked} of them from ONE AND THE SAME model, where {ROUNDS_PER_MODEL} are usual:")
+        lines.append("    their differences tell of single sites")
+    if asked > most:
+        lines.append(f"    max_rounds_per_model in [policy] holds this site to {most}; for one model a person may say: cosilo-site permit")
+    return lines
 
 
 def _work(manifest: Manifest) -> str:
@@ -166,7 +189,8 @@ def _to_whom(manifest: Manifest) -> list[str]:
 def _policy_bounds(policy: PolicyTable) -> str:
     spans = ", ".join(f"{span.start:%H:%M}-{span.end:%H:%M}" for span in policy.hours) or "any hour"
     return (
-        f"at most {policy.rounds_max} rounds and {policy.hours_max:g} hours of training, at {spans}, "
+        f"at most {policy.rounds_max} rounds and {policy.hours_max:g} hours of training, "
+        f"{min(policy.rounds_max, policy.statistics_rounds_max)} statistics rounds, at {spans}, "
         f"with at least {policy.cohort_min} sites" + (f" and f >= {policy.f_min}" if policy.f_min is not None else "")
     )
 

@@ -383,6 +383,11 @@ class Ledger:
             rows = connection.execute(select(_uploads).where(_uploads.c.base_digest == base_digest)).all()
             return tuple(ModelUpload(bytes(row.run), row.round, bytes(row.cohort)) for row in rows)
 
+    def base_models(self) -> tuple[bytes, ...]:
+        """Every base model, across all runs, that this site began a round from; in no order."""
+        with reading(self._engine) as connection:
+            return tuple(bytes(digest) for digest in connection.execute(select(_rounds.c.base_digest).distinct()).scalars())
+
     def permit_model(self, base_digest: bytes, rounds: int, *, permitted_at: str) -> None:
         """A person at the site allows `rounds` rounds in all for one base model, with any cohort."""
         with self._engine.begin() as connection:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from cosilo_client.coordinator import Refused, Unreachable
@@ -25,6 +25,7 @@ from cosilo_common.transfer import TransferError
 LOOK_AGAIN_S: Final = 3.0  # an acceptance or an hour of the day arrives without a message; a person waits for it
 RETRY_S: Final = 20.0  # after tries enough over a link that stands: the coordinator may be short of something
 UNEXPECTED_MAX: Final = 5  # failures of this program in one round before it is left to the others
+RUNS_KEPT_MAX: Final = 2000  # twice what one snapshot holds: the coordinator may name as many runs as it likes
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 log = get_logger("cosilo.participation")
@@ -36,6 +37,7 @@ class Participation:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._runs: dict[bytes, RunWork] = {}
+        self._ending: set[asyncio.Task[None]] = set()
 
     def owe(self, snapshot: Sequence[Owed]) -> None:
         """Takes everything that this site owes now; a run that is not in it owes nothing."""
@@ -44,10 +46,19 @@ class Participation:
             self._runs[run] = RunWork(self._site, run)
         for run, work in self._runs.items():
             work.owe(owed.get(run))
+        self._drop_beyond(owed)
+
+    def _drop_beyond(self, owed: Mapping[bytes, Owed]) -> None:
+        """Ends the work of runs that owe nothing any more, the longest known first, where too many are kept."""
+        idle = [run for run in self._runs if run not in owed]
+        for run in idle[: max(0, len(self._runs) - RUNS_KEPT_MAX)]:
+            ending = asyncio.create_task(self._runs.pop(run).close(), name=f"end of run {run.hex()[:12]}")
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         """Cancels what is being done; a call into the journal that has begun is let finish."""
-        await asyncio.gather(*(work.close() for work in self._runs.values()))
+        await asyncio.gather(*(work.close() for work in self._runs.values()), *self._ending)
 
 
 class RunWork:

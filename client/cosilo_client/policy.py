@@ -27,10 +27,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run has had of this site: rounds trained, and seconds of training."""
+    """What a run has had of this site: rounds trained, seconds of training, and statistics rounds measured."""
 
     rounds: int = 0
     seconds: float = 0.0
+    statistics: int = 0
 
 
 def least_f(policy: PolicyTable, participants: int) -> int:
@@ -62,8 +63,10 @@ def refuse_run(policy: PolicyTable, manifest: Manifest) -> Refusal | None:
 def refuse_round(policy: PolicyTable, manifest: Manifest, kind: RoundKind, invited: int, spent: Spent, now: time) -> Refusal | None:
     """Why this site does not begin a round now; None where it does.
 
-    invited: |I|. spent: on this run so far. now: the site's local time of day. Only rounds that train count and are
-    counted against rounds_max and hours_max; the hours of the day are for every round.
+    invited: |I|. spent: on this run so far. now: the site's local time of day. Rounds that train count against
+    rounds_max and hours_max, statistics rounds by themselves against rounds_max and statistics_rounds_max: each answers a
+    question about this site's held-out images, asked with any model that the coordinator likes. A rehearsal tells
+    nothing and counts for nothing. The hours of the day are for every round.
     """
     refusal = refuse_run(policy, manifest)
     if refusal is not None:
@@ -75,6 +78,9 @@ def refuse_round(policy: PolicyTable, manifest: Manifest, kind: RoundKind, invit
         return _no(f"it is {now:%H:%M} and rounds begin within {spans}")
     if kind is RoundKind.TRAIN and spent.rounds >= policy.rounds_max:
         return _no(f"{spent.rounds} rounds are trained and this site's most is {policy.rounds_max}")
+    statistics_max = min(policy.rounds_max, policy.statistics_rounds_max)
+    if kind is RoundKind.STATISTICS and spent.statistics >= statistics_max:
+        return _no(f"{spent.statistics} statistics rounds are measured and this site's most is {statistics_max}")
     if kind is RoundKind.TRAIN and spent.seconds >= policy.hours_max * 3600:
         return _no(f"{spent.seconds / 3600:.1f} hours are trained and this site's most is {policy.hours_max:g}")
     return None
@@ -99,6 +105,12 @@ def refuse_unasked(policy: PolicyTable, run: bytes, manifest: Manifest, pins: Ma
             DeclineCode.NOT_ACCEPTED,
             f"it is listed in [policy], but the keys of {', '.join(unknown[:5])} are not pinned: "
             f"a person must run cosilo-site accept {run.hex()[:12]}",
+        )
+    if manifest.max_rounds_per_model > policy.max_rounds_per_model:
+        return Refusal(
+            DeclineCode.NOT_ACCEPTED,
+            f"it is listed in [policy], but asks for {manifest.max_rounds_per_model} rounds from one model and this site's "
+            f"most is {policy.max_rounds_per_model}: a person must run cosilo-site accept {run.hex()[:12]}",
         )
     return refuse_run(policy, manifest)
 

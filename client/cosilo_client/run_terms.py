@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
+from cosilo_common.clip_ranges import least_clip
 from cosilo_common.encoding import Encoding
 from cosilo_common.manifest import EncodingTerms, Manifest
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
+
+ROUNDS_PER_MODEL: Final = 2
+"""R8: rounds that a site uploads in for one base model; a run that asks for more needs a person at the site."""
+ROUNDS_PER_MODEL_MAX: Final = 100  # as in a manifest
 
 
 def least_f_by_default(participants: int) -> int:
@@ -48,15 +53,18 @@ class RunTerms:
             raise ProtocolViolation(Rule.THRESHOLD, f"the run's f is {self.f}; this site's policy accepts {least} or more")
 
     @classmethod
-    def of(cls, manifest: Manifest, *, least_f: int | None = None) -> Self:
-        """The terms of a manifest that this site has accepted."""
+    def of(cls, manifest: Manifest, *, least_f: int | None = None, rounds_per_model: int = ROUNDS_PER_MODEL) -> Self:
+        """The terms of a manifest that this site has accepted.
+
+        rounds_per_model: the site's own bound; a manifest may lower it, not raise it (R8).
+        """
         return cls(
             run=manifest.digest(),
             participants=manifest.participant_keys(),
             n_min=manifest.n_min,
             f=manifest.f,
             rounds_max=manifest.rounds_max,
-            max_rounds_per_model=manifest.max_rounds_per_model,
+            max_rounds_per_model=min(manifest.max_rounds_per_model, rounds_per_model),
             encoding=manifest.encoding,
             values=manifest.tensor_table.size,
             losses=manifest.loss_words,
@@ -78,8 +86,9 @@ class RunTerms:
         for name, (found, due) in fixed.items():
             if found != due:
                 raise ProtocolViolation(Rule.START, f"the encoding's {name} is {found}; the manifest says {due}")
-        if any(section.clip > self.encoding.clip for section in encoding.sections):
-            raise ProtocolViolation(Rule.START, f"a clip range is above the manifest's {self.encoding.clip}")
+        least, most = least_clip(self.encoding.clip), self.encoding.clip
+        if not all(least <= section.clip <= most for section in encoding.sections):
+            raise ProtocolViolation(Rule.START, f"a clip range is not from {least} to the manifest's {most}")
 
 
 @dataclass(frozen=True)

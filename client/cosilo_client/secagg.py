@@ -382,14 +382,16 @@ class SiteRole:
         ]
         if len(others) < self._ledger.permitted_rounds(start.base_digest):
             return  # a person at this site looked at it and said so
+        model = start.base_digest.hex()[:12]
+        person = f"a person may allow more: cosilo-site permit {self._terms.run.hex()[:12]} --base {model}"
         if len(others) >= self._terms.max_rounds_per_model:
             raise ProtocolViolation(
                 Rule.NO_SECOND_LOOK,
-                f"uploaded in {len(others)} rounds for this base model; at most {self._terms.max_rounds_per_model}",
+                f"uploaded in {len(others)} rounds for base model {model}; at most {self._terms.max_rounds_per_model}; {person}",
             )
         cohort = self._cohort(start.invited)
         if any(upload.cohort != cohort for upload in others):
-            raise ProtocolViolation(Rule.NO_SECOND_LOOK, "uploaded before for this base model, among other invited sites")
+            raise ProtocolViolation(Rule.NO_SECOND_LOOK, f"uploaded before for base model {model}, among other invited sites; {person}")
 
     def _cohort(self, invited: tuple[str, ...]) -> bytes:
         """R8's "same I", across runs: names and the keys that stand behind them."""

@@ -147,7 +147,10 @@ class Session:
     def say(self, said: Progress | Decline) -> None:
         """Tells the coordinator how this site stands in a run. The last word counts, and is said again on connecting."""
         if self._said.get(said.run) != said:
+            self._said.pop(said.run, None)  # to the end, so that the longest silent run stands first
             self._said[said.run] = said
+            while len(self._said) > RUNS_MAX:
+                del self._said[next(iter(self._said))]
             self._to_say.set()
 
     # One connection
@@ -232,6 +235,7 @@ class Session:
                     if told.get(run) != said:
                         await call.write(statement_to(said))
                         told[run] = said
+                told = {run: said for run, said in told.items() if run in self._said}
                 await asyncio.sleep(SAY_INTERVAL_S)
                 await self._to_say.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

@@ -1,6 +1,6 @@
 """How this site stands, read from its own folder: what `cosilo-site status` and `members` say. Asks nobody outside.
 
-Owns the shape of the answers (docs/cli.md). Must not know gRPC; the daemon may be running or not.
+Owns the shape of the answers (docs/cli-site.md). Must not know gRPC; the daemon may be running or not.
 """
 
 from __future__ import annotations

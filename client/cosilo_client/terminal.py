@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import TextIO
 
-from cosilo_common.errors import CosiloError
+from cosilo_common.errors import CosiloError, printable
 
 
 class ExitCode(IntEnum):
-    """What the process answers (docs/cli.md)."""
+    """What the process answers (docs/cli-site.md)."""
 
     DONE = 0
     FAILED = 1
@@ -64,6 +64,12 @@ def ask(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def ask_to_type(words: str) -> bool:
+    """Asks a person to type exactly these words; anything else is no, and so is the end of the input."""
+    note(f"To go on, type: {words}")
+    return sys.stdin.readline().strip() == words
+
+
 def _write(stream: TextIO, line: str) -> None:
-    stream.write(f"{line}\n")
+    stream.write(f"{printable(line)}\n")
     stream.flush()

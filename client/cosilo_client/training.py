@@ -7,6 +7,7 @@ protocol beyond that journal, nor gRPC.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
@@ -86,7 +87,7 @@ class Training:
         await in_thread(self._journal.ledger.reach, owed.run, owed.round, Reached.FETCHED)
         if owed.kind is RoundKind.REHEARSAL:
             return
-        result = await self._train(owed, self._job(owed, manifest, weights))
+        result = await self._timed(owed, self._job(owed, manifest, weights))
         losses = (*result.heldout_losses, result.train_loss)
         if len(losses) != manifest.loss_words or not all(map(math.isfinite, losses)):
             raise TrainerFailed(FailureCode.NON_FINITE, f"{owed.label}: its losses cannot be reported", "ask for a lower learning rate")
@@ -97,9 +98,11 @@ class Training:
             losses=losses,
             has_vector=owed.kind is RoundKind.TRAIN,
         )
-        await in_thread(self._journal.trained, owed.run, update)
-        if owed.kind is RoundKind.TRAIN:
+        if owed.kind is RoundKind.TRAIN:  # counted first: killed between the two, the round is trained again and counts once
             await in_thread(self._spending.add, owed.run, owed.round, result.seconds)
+        else:
+            await in_thread(self._spending.add_statistics, owed.run, owed.round)
+        await in_thread(self._journal.trained, owed.run, update)
         log.info(
             "trained",
             round=owed.label,
@@ -110,6 +113,15 @@ class Training:
             device=result.device,
             skipped=result.skipped,
         )
+
+    async def _timed(self, owed: Owed, job: Job) -> Result:
+        """Trains, and notes the time also of what is cut off: the coordinator could call a round off, and on again, for ever."""
+        began = time.monotonic()
+        try:
+            return await self._train(owed, job)
+        except BaseException:
+            await in_thread(self._spending.add_seconds, owed.run, time.monotonic() - began)
+            raise
 
     async def _train(self, owed: Owed, job: Job) -> Result:
         images = 0

@@ -13,6 +13,7 @@ from cosilo_client.owed import Decline, Owed, Phase, Progress
 from cosilo_common.canonical import check_name
 from cosilo_common.errors import CosiloError
 from cosilo_common.framing import data_of, frame_data
+from cosilo_common.manifest import ROUNDS_MAX
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import ATTEMPTS_MAX, RoundKind
 
@@ -41,8 +42,8 @@ def owed_from(message: site_pb2.Assignment) -> Owed:
         phase = Phase(message.phase)
     except ValueError:
         raise _bad("phase", f"{message.phase} is unknown here; upgrade this site") from None
-    if message.round < 1:
-        raise _bad("round", "it counts from 1")
+    if not 1 <= message.round <= ROUNDS_MAX:
+        raise _bad("round", f"it counts from 1, and no run has more than {ROUNDS_MAX}")
     if not 1 <= message.attempt <= ATTEMPTS_MAX:
         raise _bad("attempt", f"{message.attempt} is not from 1 to {ATTEMPTS_MAX}")
     return Owed(

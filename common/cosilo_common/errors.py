@@ -1,4 +1,4 @@
-"""The one exception type that reaches a person: what was being done, to what, and what to do next."""
+"""The one exception type that reaches a person: what was being done, to what, and what to do next; and what a terminal may be shown."""
 
 
 class CosiloError(Exception):
@@ -13,3 +13,14 @@ class CosiloError(Exception):
         self.subject = subject
         self.hint = hint
         super().__init__(f"{operation}: {subject}" + (f"; {hint}" if hint else ""))
+
+
+def printable(text: str) -> str:
+    """Text as it may be written to a terminal or a log: line ends and tabs stay, other control characters become U+FFFD.
+
+    Much of what is shown was said by somebody else: a site's software, a coordinator's reason. Escape sequences in it would move the cursor
+    and write over what a person compares, and marks of direction would turn it around.
+    """
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)

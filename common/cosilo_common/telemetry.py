@@ -20,7 +20,8 @@ import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from structlog.typing import EventDict, WrappedLogger
 
-from cosilo_common.errors import CosiloError
+from cosilo_common.errors import CosiloError, printable
+from cosilo_common.journald import JournalHandler, is_journal
 
 LogForm = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -45,6 +46,7 @@ def configure_logging(form: LogForm = "auto", level: LogLevel = "info", stream: 
     """Sends structlog's and the standard library's log through one chain to `stream` (stderr).
 
     form: "json" is one object a line, "console" is for people, "auto" is console on a terminal and JSON elsewhere.
+    Where `stream` is systemd's journal, both "json" and "auto" become journald's own fields (cosilo_common.journald).
     Times are UTC. Call it once, when a process starts; calling it again replaces the chain.
     """
     out = sys.stderr if stream is None else stream
@@ -62,7 +64,7 @@ def configure_logging(form: LogForm = "auto", level: LogLevel = "info", stream: 
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=out.isatty())
     )
-    handler = logging.StreamHandler(out)
+    handler = JournalHandler(out) if as_json and is_journal(out) else logging.StreamHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -219,7 +221,7 @@ def _fit(name: str, value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return f"[{len(value)} bytes]"
     if isinstance(value, str):
-        return REDACTED if _PEM_PRIVATE in value else value[:EVENT_CHARS_MAX]
+        return REDACTED if _PEM_PRIVATE in value else printable(value[:EVENT_CHARS_MAX])
     if isinstance(value, Mapping):
         return {str(key): _fit(str(key), item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

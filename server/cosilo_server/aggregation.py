@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from cosilo_common.canonical import u64
+from cosilo_common.clip_ranges import TensorPeaks
 from cosilo_common.encoding import Encoding, OpenedTail, SumRefused, Words
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import ServerOptimiserTerms
@@ -61,13 +62,15 @@ class Aggregate:
 
     tail: the verified one; sum_digest: hex SHA-256 of the opened value words (4 bytes each, little endian), the total
     weight and the count of contributors (8 bytes each, big endian); update_norm: Euclidean norm of the mean update,
-    before the server's learning rate.
+    before the server's learning rate; tensor_peaks: the largest absolute value of the mean update in each tensor, where
+    b = 24, else none.
     """
 
     tail: OpenedTail
     sum_digest: str
     checkpoint: Checkpoint
     update_norm: float
+    tensor_peaks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Aggregation:
             if tail.total_weight != step.total_weight:
                 raise SumRefused(_STEP, "the total weight changed while the sum was opened", "start the round again")
             checkpoint = step.finish()
-        return Aggregate(tail, _sum_digest(hasher, tail), checkpoint, step.norm)
+        return Aggregate(tail, _sum_digest(hasher, tail), checkpoint, step.norm, step.tensor_peaks)
 
     def rehearse(self, base: Checkpoint, opening: Opening) -> Aggregate:
         """Check that a rehearsal's sum is exactly zero; the checkpoint stays the same. Raises SumRefused where it is
@@ -156,10 +159,15 @@ class _Step:
         self._state.put(0, np.array([steps + 1], np.float32))
         self._mean = np.empty(BLOCK_WORDS, np.float32)
         self._squares = 0.0
+        self._peaks = TensorPeaks(run.table) if run.encoding.bits == 24 else None
 
     @property
     def norm(self) -> float:
         return math.sqrt(self._squares)
+
+    @property
+    def tensor_peaks(self) -> tuple[float, ...]:
+        return () if self._peaks is None else self._peaks.peaks
 
     def block(self, start: int, words: Words) -> None:
         """Step the elements start .. start + n by the sum's words, uint32 (n,)."""
@@ -167,6 +175,8 @@ class _Step:
         mean = self._mean[: words.size]
         self._run.encoding.dequantise(words, start, self.total_weight, mean)
         self._squares += _sum_of_squares(mean)
+        if self._peaks is not None:
+            self._peaks.note(start, mean)
         weights = np.array(self._old_weights[start:stop])
         places = [1 + k * self._run.table.size for k in range(len(self._optimiser.moments))]
         moments = tuple(np.array(self._old_state[place + start : place + stop]) for place in places)

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from cosilo_common.canonical import sha256
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.certificates import (
     CHAIN_BYTES_MAX,
@@ -51,7 +52,7 @@ from cosilo_common.identity.keys import (
     tls_public_bytes,
 )
 from cosilo_common.identity.members import found_members
-from cosilo_common.identity.names import PeerName, Role, coordinator_name
+from cosilo_common.identity.names import Peer, PeerName, Role, coordinator_name
 from cosilo_common.identity.secret_files import SECRET_FOLDER_MODE, read_public, sync_folder, write_public
 
 ROOT_LIFE = timedelta(days=20 * 365)  # outlives every study; changing it means enrolling everybody again
@@ -130,9 +131,17 @@ class Authority:
         does."""
         return self._issue_requested(csr, PeerName(self.federation, Role.ADMIN, name), now)
 
-    def renew(self, csr: bytes, name: PeerName, now: datetime) -> bytes:
-        """The next chain for a site or an admin whose present certificate names it so. Raises CosiloError as `read_csr` does."""
-        return self._issue_requested(csr, name, now)
+    def renew(self, csr: bytes, peer: Peer, now: datetime) -> bytes:
+        """The next chain for a site or an admin, by its present certificate: the same name and the same key.
+
+        Raises CosiloError as `read_csr` does, and for another key: whoever held a certificate for a moment would have one for ever.
+        """
+        key = read_csr(csr, peer.name)
+        if sha256(tls_public_bytes(key)) != peer.key_digest:
+            raise CosiloError(
+                "renew certificate", f"{peer.name}: it asks for another key", "to change keys, enrol again with an invitation"
+            )
+        return self._issue(key, peer.name, now)
 
     def issue_coordinator_certificate(self, key: ec.EllipticCurvePublicKey, now: datetime) -> bytes:
         """A chain (PEM: leaf, intermediate) for the coordinator's own key: the one leaf with a DNS name and server

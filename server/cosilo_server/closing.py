@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cosilo_common.encoding import Encoding, OpenedTail
@@ -33,7 +33,8 @@ class RoundOutcome:
     """What a closed round's sum tells: means over all its sites, never one site's.
 
     heldout_loss: of the weights that the round started from, mean over the timestep buckets; by_bucket: lowest noise first; train_loss: of the
-    local training; None where the round's kind has none. update_norm: L2 norm of the mean update.
+    local training; None where the round's kind has none. update_norm: L2 norm of the mean update. tensor_peaks: the largest absolute value of
+    the mean update in each tensor, after a training round at b = 24: the next round's clip ranges follow from it.
     """
 
     total_weight: int
@@ -44,6 +45,7 @@ class RoundOutcome:
     train_loss: float | None = None
     update_norm: float | None = None
     note: str = ""
+    tensor_peaks: tuple[float, ...] = ()
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -53,7 +55,8 @@ class RoundOutcome:
     def from_json(cls, text: str) -> RoundOutcome:
         """The inverse of `to_json`."""
         raw = json.loads(text)
-        return cls(**{**raw, "heldout_loss_by_bucket": tuple(raw["heldout_loss_by_bucket"])})
+        lists = {name: tuple(raw.get(name, ())) for name in ("heldout_loss_by_bucket", "tensor_peaks")}
+        return cls(**{**raw, **lists})
 
 
 class RoundCloser:
@@ -110,7 +113,7 @@ class RoundCloser:
             bytes=self._artifacts.size(made.weights),
             created_at=self._now(),
         )
-        return _outcome(aggregate.tail, aggregate.update_norm), stored
+        return replace(_outcome(aggregate.tail, aggregate.update_norm), tensor_peaks=aggregate.tensor_peaks), stored
 
     def _base(self, state: Round) -> Checkpoint:
         base = self._store.newest_checkpoint(state.run)

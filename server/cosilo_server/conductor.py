@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy.exc import DatabaseError
 
 from cosilo_common.canonical import sha256
-from cosilo_common.encoding import Encoding, Section
+from cosilo_common.clip_ranges import round_encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.messages import RoundKind
@@ -89,7 +89,7 @@ class Conductor:
         self._now = now or _steady_clock()
         self._runs: dict[bytes, LiveRun] = {}
         self._connected: dict[str, int] = {}
-        self._watchers: set[asyncio.Event] = set()
+        self._watchers: dict[asyncio.Event, None] = {}  # in the order of their coming, so that a simulation replays
         self._tasks: set[asyncio.Task[None]] = set()
         self.ticked_at = time.monotonic()
 
@@ -160,11 +160,11 @@ class Conductor:
         """An event that is set at every change; the watcher clears it before it looks."""
         changed = asyncio.Event()
         changed.set()
-        self._watchers.add(changed)
+        self._watchers[changed] = None
         try:
             yield changed
         finally:
-            self._watchers.discard(changed)
+            self._watchers.pop(changed, None)
 
     async def order(self, run: bytes, kind: RoundKind, rounds: int) -> int:
         """Asks for rounds; returns the number of the first. Raises CosiloError where the manifest allows no more."""
@@ -321,7 +321,7 @@ class Conductor:
             if len(present) < terms.least_invited:
                 record.note = f"waiting: {len(present)} of the {terms.least_invited} sites that a round needs are connected"
                 return
-            encoding = round_encoding(record.manifest, order.kind)
+            encoding = round_encoding(record.manifest, order.kind, await self._tensor_peaks(record))
             upload_bytes, model_bytes = encoding.wire_bytes, _FLOAT_BYTES * record.manifest.tensor_table.size
             require_free_bytes(self._spool.root, len(present) * upload_bytes + _CHECKPOINT_FILES * model_bytes)
             number = record.round.number + 1 if record.round else 1
@@ -348,6 +348,11 @@ class Conductor:
             self._metrics.round_began(state)
             log.info("round started", run=record.run.hex()[:12], round=number, kind=order.kind, phase=state.phase)
         self.announce()
+
+    async def _tensor_peaks(self, record: LiveRun) -> tuple[float, ...]:
+        """What the run's last closed training round moved in each tensor, at most; none before it, and at b = 32."""
+        outcome = await asyncio.to_thread(self._store.last_training_outcome, record.run)
+        return RoundOutcome.from_json(outcome).tensor_peaks if outcome else ()
 
     async def _tick_for_ever(self) -> None:
         while True:
@@ -387,20 +392,6 @@ class Conductor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("conductor task failed", error=repr(error))
-
-
-def round_encoding(manifest: Manifest, kind: RoundKind) -> Encoding:
-    """How a round's vectors are encoded: the whole update under one clip, or only the tail in a statistics round."""
-    terms = manifest.encoding
-    sections = () if kind is RoundKind.STATISTICS else (Section(manifest.tensor_table.size, terms.clip),)
-    return Encoding(
-        bits=terms.bits,
-        participants=len(manifest.participants),
-        cap=terms.cap,
-        sections=sections,
-        loss_max=terms.loss_max,
-        losses=manifest.loss_words,
-    )
 
 
 def _durable(state: Round) -> Round:

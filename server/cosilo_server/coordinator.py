@@ -39,6 +39,7 @@ from cosilo_common.identity.tls import (
     server_options,
 )
 from cosilo_common.rpc.v1 import admin_pb2_grpc, enrolment_pb2_grpc
+from cosilo_common.supervision import Supervisor
 from cosilo_common.telemetry import configure_logging, serve_telemetry
 from cosilo_common.transfer import free_bytes
 from cosilo_server.artifacts import Artifacts
@@ -51,6 +52,7 @@ from cosilo_server.evaluation import Evaluation
 from cosilo_server.membership import StoredInvitations, StoredMembers
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.registry import RunRegistry
+from cosilo_server.rounds.state import ENDED, Phase
 from cosilo_server.services.admin import AdminService
 from cosilo_server.services.enrolment import EnrolmentService
 from cosilo_server.services.federation import SiteService
@@ -63,7 +65,9 @@ from cosilo_server.store import Store
 log = structlog.get_logger(__name__)
 
 RENEWAL_LOOK_S = 3600.0  # a third of a certificate's life is weeks
+PRESENCE_S = 5.0  # between looks at who is connected: a site that says nothing for hours is still seen
 STOP_GRACE_S = 5.0  # calls in flight may end; sites resume the rest
+ENROLMENTS_AT_ONCE = 8  # anybody may call that port, and each call takes one of the threads that the rounds need too
 SERVICES = ("cosilo.v1.SiteService", "cosilo.v1.AdminService")
 
 app = typer.Typer(add_completion=False, help="The coordinator of a Cosilo federation.", no_args_is_help=True)
@@ -102,11 +106,20 @@ async def _serve(config: CoordinatorConfig) -> None:
         loop.add_signal_handler(number, stopping.set)
     config.paths.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_one(config.paths.data):
+        supervisor = Supervisor.of_this_process()
         coordinator = Coordinator(config)
         await coordinator.start()
+        supervisor.ready()
+        beside = [
+            asyncio.create_task(supervisor.feed_for_ever(coordinator.healthy, coordinator.standing), name="watchdog"),
+            asyncio.create_task(coordinator.watch_presence(), name="presence"),
+        ]
         try:
             await stopping.wait()
         finally:
+            supervisor.stopping()
+            for task in beside:
+                task.cancel()
             await coordinator.stop()
 
 
@@ -175,7 +188,7 @@ class Coordinator:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin_service, federation)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, federation)
-        enrolment = grpc.aio.server(options=server_options(ENROLMENT_REQUEST_BYTES_MAX))
+        enrolment = grpc.aio.server(options=server_options(ENROLMENT_REQUEST_BYTES_MAX), maximum_concurrent_rpcs=ENROLMENTS_AT_ONCE)
         enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(EnrolmentService(desk, self.metrics), enrolment)
 
         await self.conductor.start()
@@ -184,7 +197,7 @@ class Coordinator:
             "enrolment": await self._open(enrolment, config.listen.enrolment, enrolment_server_credentials(self._tls)),
         }
         self._prepare_gauges()
-        self._telemetry, port = serve_telemetry(config.listen.metrics, self.metrics.registry, self._healthy, self._ready)
+        self._telemetry, port = serve_telemetry(config.listen.metrics, self.metrics.registry, self.healthy, self._ready)
         self.endpoints["metrics"] = f"{split_host_port(config.listen.metrics)[0]}:{port}"
         for name in ("", *SERVICES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -233,11 +246,16 @@ class Coordinator:
     def _prepare_gauges(self) -> None:
         self.metrics.disk_free.set_function(lambda: free_bytes(self._artifacts.root))
         self.metrics.certificate_expiry.labels(subject="coordinator").set_function(self._certificate_expires)
+        for phase in Phase:  # counters that are there from the first: `increase` does not see one that begins with 1
+            (self.metrics.rounds.labels(outcome=phase) if phase in ENDED else self.metrics.dropouts.labels(phase=phase)).inc(0)
+        for outcome in ("opened", "repeated", "abandoned"):
+            self.metrics.attempts.labels(outcome=outcome).inc(0)
 
     def _certificate_expires(self) -> float:
         return peer_from_certificate(read_public(self._tls.certificate, CHAIN_BYTES_MAX)).not_after.timestamp()
 
-    def _healthy(self) -> tuple[bool, str]:
+    def healthy(self) -> tuple[bool, str]:
+        """Whether the round machine ticks: what /healthz and the watchdog mean."""
         stalled_s = time.monotonic() - self.conductor.ticked_at
         return stalled_s < 30.0, "ok" if stalled_s < 30.0 else f"the round machine has not ticked for {stalled_s:.0f} s"
 
@@ -249,7 +267,19 @@ class Coordinator:
             return False, f"{free} bytes are free and {self._config.limits.free_bytes_min} are wanted"
         if self._certificate_expires() < time.time():
             return False, "the certificate has expired"
-        return self._healthy()
+        return self.healthy()
+
+    def standing(self) -> tuple[bool, str]:
+        """For `systemctl status`: what keeps it from being ready, or who is there."""
+        ready, reason = self._ready()
+        return ready, f"{len(self.conductor.connected_sites())} sites connected" if ready else reason
+
+    async def watch_presence(self) -> None:
+        """Keeps "last seen" of connected sites fresh: their streams are alive by keepalive even where nobody says a word."""
+        while True:
+            for site in self.conductor.connected_sites():
+                self.metrics.site_last_seen.labels(site=site).set(time.time())
+            await asyncio.sleep(PRESENCE_S)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.identity.documents import parse_document
 from cosilo_common.identity.endorsement import PREAPPROVAL_BYTES_MAX, Endorsement, parse_preapproval
 from cosilo_common.identity.members import MEMBERS_BYTES_MAX, SignedMembers, read_members
-from cosilo_common.identity.names import Role
+from cosilo_common.identity.names import Peer, Role
 from cosilo_server.enrolment import EnrolmentRecord, OpenInvitation
 from cosilo_server.store import Store
 
@@ -50,10 +50,18 @@ class StoredMembers:
         """The newest list as it travels."""
         return self._newest.canonical()
 
-    def is_member(self, role: Role, name: str) -> bool:
-        """Whether the name stands in the list in this role."""
-        entry = self._newest.member(name)
-        return entry is not None and entry.role is role
+    def is_member(self, peer: Peer) -> bool:
+        """Whether the peer stands in the list: its name, in its role, and under the Ed25519 key with which its TLS key enrolled.
+
+        A certificate is issued for an invitation, before anybody approves, so a name alone is not enough: whoever got hold of a second
+        invitation for a member's name, or of the certificate from before the member was readmitted with new keys, would be that member.
+        A TLS key that never enrolled here is the first admin's, or of a federation's own PKI, which vouches for names.
+        """
+        entry = self._newest.member(peer.name.name)
+        if entry is None or entry.role is not peer.name.role:
+            return False
+        enrolled = self._store.enrolled_with(peer.key_digest)
+        return not enrolled or (entry.role.value, entry.name, entry.key) in enrolled
 
     def put(self, data: bytes) -> None:
         """Takes the next version from an admin. Raises CosiloError where a signature does not hold or it does not follow."""

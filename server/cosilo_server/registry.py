@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from cosilo_common.canonical import sha256
+from cosilo_common.clip_ranges import round_encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.names import Role
 from cosilo_common.manifest import Manifest, verify_manifest
@@ -17,7 +18,7 @@ from cosilo_common.transfer import require_free_bytes
 from cosilo_server.aggregation import Aggregation
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.closing import untrained_checkpoint
-from cosilo_server.conductor import Conductor, round_encoding
+from cosilo_server.conductor import Conductor
 from cosilo_server.evaluation import Evaluation
 from cosilo_server.membership import StoredMembers
 from cosilo_server.store import Store, StoredCheckpoint

@@ -9,7 +9,7 @@ and name the rule. `verify_advert` needs the attempt's Terms; everything later n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -113,19 +113,6 @@ def verify_reveal(signed: Signed, roster: Roster, survivors: tuple[str, ...], sh
     for dealer, share in body.s_shares.items():
         _check_revealed(signed.site, share, s_commitment, roster.ctx, dealer, shares[dealer].s_commitments[signed.site])
     return body
-
-
-def left_out(complaints: Iterable[tuple[str, str]], f: int) -> frozenset[str]:
-    """Who the next attempt leaves out: a dealer with more than f complainers, else the complainer.
-
-    complaints: (complainer, dealer). More than f complainers include an honest one; up to f may all be lying, and then
-    the lie costs the liar.
-    """
-    pairs = set(complaints)
-    counts: dict[str, int] = {}
-    for _, dealer in pairs:
-        counts[dealer] = counts.get(dealer, 0) + 1
-    return frozenset(dealer if counts[dealer] > f else complainer for complainer, dealer in pairs)
 
 
 # Reconstruct

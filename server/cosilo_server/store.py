@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Table, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from cosilo_common.database import open_database, prepare_schema, reading
@@ -99,6 +100,10 @@ class Store:
         prepare_schema(self._engine, schema.metadata, schema.SCHEMA_VERSION)
         self._now = now
         self._manifests: dict[bytes, Manifest] = {}
+        self._enrolled_keys: dict[bytes, frozenset[tuple[str, str, bytes]]] = {}
+        with reading(self._engine) as db:
+            for row in db.execute(select(schema.enrolments)).mappings():
+                self._note_enrolled(row)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -155,9 +160,10 @@ class Store:
         return None if row is None else Order(row["id"], row["run"], RoundKind(row["kind"]), row["wanted"], row["closed"])
 
     def wanted(self, run: bytes, kind: RoundKind) -> tuple[int, int]:
-        """(rounds asked for and not cancelled, rounds closed) of a kind."""
+        """(rounds asked for, rounds closed) of a kind; of a cancelled order, what had closed by then counts as asked for."""
         o = schema.orders
-        query = select(func.coalesce(func.sum(o.c.wanted), 0)).where(o.c.run == run, o.c.kind == kind, o.c.cancelled == 0)
+        asked = case((o.c.cancelled == 0, o.c.wanted), else_=o.c.closed)
+        query = select(func.coalesce(func.sum(asked), 0)).where(o.c.run == run, o.c.kind == kind)
         r = schema.rounds
         done = select(func.count()).where(r.c.run == run, r.c.kind == kind, r.c.phase == "closed")
         with reading(self._engine) as db:
@@ -231,6 +237,14 @@ class Store:
     def rounds(self, run: bytes) -> list[StoredRound]:
         """A run's rounds, oldest first."""
         return self._rounds(run, limit=None)[::-1]
+
+    def last_training_outcome(self, run: bytes) -> str:
+        """The outcome of the run's last closed training round, JSON; empty where there is none."""
+        r = schema.rounds
+        where = (r.c.run == run, r.c.kind == RoundKind.TRAIN, r.c.phase == "closed")
+        with reading(self._engine) as db:
+            found = db.execute(select(r.c.outcome).where(*where).order_by(r.c.number.desc()).limit(1)).scalar_one_or_none()
+        return found or ""
 
     def abandoned_since_close(self, run: bytes) -> int:
         """How many rounds were abandoned since the last that closed."""
@@ -328,7 +342,18 @@ class Store:
     def add_enrolment(self, row: Mapping[str, object]) -> bool:
         """Stores a row of `schema.enrolments`; False where the token was used already."""
         with self._engine.begin() as db:
-            return db.execute(insert(schema.enrolments).values(dict(row)).on_conflict_do_nothing()).rowcount == 1
+            added = db.execute(insert(schema.enrolments).values(dict(row)).on_conflict_do_nothing()).rowcount == 1
+        if added:
+            self._note_enrolled(row)
+        return added
+
+    def enrolled_with(self, tls_key_digest: bytes) -> frozenset[tuple[str, str, bytes]]:
+        """(role, name, Ed25519 key) of every enrolment that was for this TLS key. Asked at every call, so from memory."""
+        return self._enrolled_keys.get(tls_key_digest, frozenset())
+
+    def _note_enrolled(self, row: Mapping[str, Any] | RowMapping) -> None:
+        known = self.enrolled_with(row["tls_key_digest"])
+        self._enrolled_keys[row["tls_key_digest"]] = known | {(row["role"], row["name"], row["signing_key"])}
 
     def enrolment(self, token_public: bytes) -> RowMapping | None:
         e = schema.enrolments

@@ -5,7 +5,9 @@ Pure: a round's state and a manifest in, an event or ProtocolViolation out. The 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Final
 
 from cosilo_common.encoding import Encoding
 from cosilo_common.manifest import Manifest
@@ -17,6 +19,8 @@ from cosilo_common.secagg.violation import ProtocolViolation, Rule
 from cosilo_server import secagg
 from cosilo_server.rounds.events import AdvertReceived, ComplaintReceived, ConsentReceived, Message, RevealReceived, SharesReceived
 from cosilo_server.rounds.state import Phase, Round
+
+ROSTERS_KEPT: Final = 32  # one a run that is in a round; with more at once, some are opened again
 
 _PHASE_OF = {
     MessageType.ADVERT: Phase.TRAINING,
@@ -47,9 +51,29 @@ def attempt_terms(manifest: Manifest, state: Round) -> AttemptTerms:
 
 
 def roster_of(manifest: Manifest, state: Round) -> Roster:
-    """U1 with its verified adverts and ctx."""
-    adverts = (state.sites[name].advert for name in state.roster)
-    return Roster.open(attempt_terms(manifest, state), (Signed.decode(advert) for advert in adverts if advert is not None))
+    """U1 with its verified adverts and ctx.
+
+    Every message of a later phase is checked against it, and it costs a signature check a site: so it is kept, and a round costs N of
+    them, not N^2.
+    """
+    found = (state.sites[name].advert for name in state.roster)
+    adverts, terms = tuple(advert for advert in found if advert is not None), attempt_terms(manifest, state)
+    said = tuple(getattr(terms, each.name) for each in fields(terms) if each.name != "keys")
+    return _opened(_Adverts(terms, (*said, *sorted(terms.keys.items())), adverts))
+
+
+@dataclass(frozen=True)
+class _Adverts:
+    """What a roster is opened from, comparable. said: all that `terms` says."""
+
+    terms: AttemptTerms = field(compare=False)
+    said: tuple[object, ...]
+    adverts: tuple[bytes, ...]
+
+
+@lru_cache(maxsize=ROSTERS_KEPT)
+def _opened(known: _Adverts) -> Roster:
+    return Roster.open(known.terms, (Signed.decode(advert) for advert in known.adverts))
 
 
 def dealt_shares(state: Round) -> dict[str, Shares]:

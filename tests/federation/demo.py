@@ -45,8 +45,9 @@ RECIPE: dict[str, Toml] = {
     "name": "digits",
     "preset": "digits",
     "ema_decay": 0.5,
-    "training": {"local_epochs": 3, "batch_size": 32},
+    "training": {"local_epochs": 3, "batch_size": 32, "seed": SEED},
     "server_optimiser": {"kind": "fedavgm", "momentum": 0.5},
+    "deadlines": {"training_s": 180.0},  # nobody waits half an hour for a site that died on the same machine
 }
 
 
@@ -72,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, scratch: Path) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FederationError(f"{options.out}: {error.strerror}; choose another folder with --out") from None
     policy: dict[str, Toml] = {"allow_insecure_plain_sum": True} if options.insecure_plain_sum else {}
     least = min(LEAST, len(digit_labels()) // (2 * options.sites))
     specs = digits_sites(scratch, options.sites, alpha=ALPHA, least=least, seed=SEED, policy=policy)
@@ -113,6 +117,7 @@ def _follow(federation: LocalFederation, run: str, rounds: int) -> None:
     patience = Patience()
     done = 0
     for snapshot in federation.watch(run):
+        federation.check_alive()
         for entry in told.newly_ended(snapshot):
             patience.saw_end(entry)
             done += entry["phase"] == CLOSED

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +41,6 @@ HOLDERS: Final[dict[Phase, tuple[int, ...]]] = {
     Phase.CONSENTING: (1, 2),
     Phase.REVEALING: (0, 2, 3),
 }
-WALK: Final = tuple(HOLDERS)
 
 
 def fail_at(federation: LocalFederation, run: str, phase: Phase, who: str, sites: Collection[str] = ()) -> None:
@@ -84,30 +83,31 @@ class HeldRound:
         self._stack.close()
 
     def walk_to(self, phase: Phase) -> RoundShape:
-        """Asks for a round and brings it to `phase`; returns it as it then stands. Once a context."""
-        self.number = len(fetch_rounds(self._coordinator, bytes.fromhex(self._run))) + 1
+        """Asks for a round and brings it to `phase`; returns it as it then stands."""
         if phase is Phase.GATHERING:
             return self._gather()
+        return next(entry for entry in self.walk() if entry["phase"] == phase)
+
+    def walk(self) -> Iterator[RoundShape]:
+        """Asks for a round and goes through its phases from TRAINING to OPENING, resting in each for as long as the loop's body takes."""
+        self._count_rounds()
         self._within(self._all_connected, "every site is connected")
         self._hold_training()
-        before: tuple[int, ...] = HOLDERS[Phase.TRAINING]
-        for step in WALK:
-            if step is not Phase.TRAINING:
-                holders = HOLDERS[step]
+        before: tuple[int, ...] = ()
+        for phase, holders in HOLDERS.items():
+            if phase is not Phase.TRAINING:
                 for place in holders:
                     if place not in before:
                         self._stop(self._cast[place])
                 for place in before:
                     if place not in holders:
                         self._go_on(self._cast[place])
-                before = holders
-            entry = self._wait(step, [site for place, site in enumerate(self._cast) if place not in before])
-            if step is phase:
-                return entry
+            before = holders
+            yield self._wait(phase, [site for place, site in enumerate(self._cast) if place not in holders])
         self._hide_upload()
         for site in self._cast:
             self._go_on(site)
-        return self._wait(Phase.OPENING, ())
+        yield self._wait(Phase.OPENING, ())
 
     def let_go(self) -> None:
         """Lets whoever is stopped and still lives go on, and puts back what was hidden."""
@@ -124,8 +124,12 @@ class HeldRound:
 
     # --- one step ---
 
+    def _count_rounds(self) -> None:
+        self.number = len(fetch_rounds(self._coordinator, bytes.fromhex(self._run))) + 1
+
     def _gather(self) -> RoundShape:
         """A round that waits for a site: stopped, and so not back after the coordinator was."""
+        self._count_rounds()
         self._stop(self._cast[0])
         self._federation.kill(COORDINATOR)
         self._federation.restart(COORDINATOR)

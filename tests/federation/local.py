@@ -27,6 +27,7 @@ from typing import Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import PLAIN_AGGREGATION
 from cosilo_server.cli.commands import Seat
 from cosilo_server.cli.connection import connect
@@ -137,6 +138,12 @@ class LocalFederation:
         """SIGKILL, as a power cut would be."""
         self.daemon(who).kill()
 
+    def check_alive(self) -> None:
+        """Raises FederationError if a daemon that was started has ended, though nobody stopped it here."""
+        for who, daemon in self._daemons.items():
+            if daemon.exit_code is not None:
+                raise FederationError(f"{who} ended with {daemon.exit_code}", [daemon.log])
+
     def restart(self, who: str) -> None:
         """Starts again what was killed or stopped, and waits until it is ready."""
         self._start_and_wait(who)
@@ -190,9 +197,15 @@ class LocalFederation:
             raise FederationError(error.what, self.log_files()) from None
 
     def watch(self, run: str) -> Iterator[Snapshot]:
-        """What `cosilo run watch` draws from: snapshots for ever, also through a restart of the coordinator."""
-        with connect(Seat(self.folder / "admin")) as coordinator:
-            yield from snapshots(coordinator, bytes.fromhex(run))
+        """What `cosilo run watch` draws from: snapshots for ever, also through a restart of the coordinator.
+
+        Raises FederationError where the coordinator stays away.
+        """
+        try:
+            with connect(Seat(self.folder / "admin")) as coordinator:
+                yield from snapshots(coordinator, bytes.fromhex(run))
+        except CosiloError as error:
+            raise FederationError(str(error), self.log_files()) from None
 
     def run_rounds(self, run: str, rounds: int, *options: str) -> list[dict[str, Any]]:
         """Starts rounds, waits for them, and returns all the run's rounds so far."""

@@ -31,11 +31,11 @@ from cosilo_client.trainer.jobs import EvaluateJob, Job, Result, TrainJob
 from cosilo_client.trainer.jobs import Progress as TrainerProgress
 from cosilo_client.training import Training
 from cosilo_common.canonical import sha256
+from cosilo_common.clip_ranges import round_encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest, Participant
 from cosilo_common.secagg.messages import RoundKind, Signed
 from cosilo_common.secagg.messages import Upload as UploadBody
-from cosilo_server.conductor import round_encoding
 from cosilo_server.rounds import events, machine, state
 from cosilo_server.rounds.assignments import assignment_for
 from cosilo_server.store import terms_of

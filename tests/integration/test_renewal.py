@@ -46,7 +46,7 @@ def test_a_certificate_is_due_at_two_thirds_of_its_life(old: Founded) -> None:
 def test_a_renewed_chain_takes_the_old_ones_place_and_the_key_stays(old: Founded) -> None:
     key = old.admin.tls.key.read_bytes()
     authority = Authority.load(old.coordinator.folder)
-    chain = authority.renew(renewal_request(old.admin), old.admin.peer, NOW)
+    chain = authority.renew(renewal_request(old.admin), peer_from_certificate(old.admin.tls.certificate.read_bytes()), NOW)
     assert take_renewed(old.admin, chain, NOW) == NOW + LEAF_LIFE
     assert old.admin.tls.certificate.read_bytes() == chain
     assert old.admin.tls.key.read_bytes() == key
@@ -60,7 +60,7 @@ def test_a_chain_that_is_not_ours_leaves_the_old_one(old: Founded, tmp_path: Pat
     name = PeerName(FEDERATION, Role.ADMIN, "eve") if case == "another name" else old.admin.peer
     key = make_tls_key() if case == "another key" else load_tls_key(old.admin.tls.key)
     with pytest.raises(CosiloError, match="check certificate"):
-        take_renewed(old.admin, authority.renew(make_csr(key, name), name, NOW), NOW)
+        take_renewed(old.admin, authority.issue_admin_certificate(make_csr(key, name), name.name, NOW), NOW)
     assert old.admin.tls.certificate.read_bytes() == before
 
 

@@ -24,9 +24,9 @@ from cosilo_common.secagg.keys import InsecureFakeRandom, Secret
 from cosilo_common.secagg.messages import Reveal, RoundKind, Shares, Signed, Upload
 from cosilo_common.secagg.roster import Roster, Terms
 from cosilo_common.secagg.violation import ProtocolViolation
+from cosilo_server.rounds import machine, state
 from cosilo_server.secagg import (
     SumOpening,
-    left_out,
     reconstruct,
     verify_advert,
     verify_complaint,
@@ -45,6 +45,14 @@ CAP = 64
 def names(count: int) -> tuple[str, ...]:
     """site-01, site-02, ..."""
     return tuple(f"site-{i:02d}" for i in range(1, count + 1))
+
+
+def barred_by(complaints: Iterable[tuple[str, str]], f: int) -> frozenset[str]:
+    """Whom the coordinator's round machine leaves out of the next attempt. complaints: (complainer, dealer)."""
+    pairs = list(complaints)
+    sites = {name: state.Site(complaints=tuple(dealer for who, dealer in pairs if who == name)) for pair in pairs for name in pair}
+    terms = state.Terms(tuple(sorted(sites)), True, 3, f, 0, state.Deadlines(1, 1, 1, 1, 1, 1))
+    return machine.barred(state.Round(RUN, 1, RoundKind.TRAIN, terms, BASE, 0, b"", bytes(32), 0.0, sites=sites))
 
 
 def signing_key(name: str) -> Ed25519PrivateKey:
@@ -237,7 +245,7 @@ class Coordinator:
             complaints = [message for message in self.ask("deliver", roster.members, self._deliver(shares)) if message]
             if complaints:
                 pairs = [(message.site, verify_complaint(message, roster).dealer) for message in complaints]
-                candidates = [name for name in roster.members if name not in left_out(pairs, terms.f)]
+                candidates = [name for name in roster.members if name not in barred_by(pairs, terms.f)]
                 continue
             return self._finish(roster, bodies)
 

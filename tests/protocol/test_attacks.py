@@ -28,12 +28,13 @@ from cosilo_common.secagg.messages import (
     sign,
 )
 from cosilo_common.secagg.roster import Roster
-from cosilo_server.secagg import left_out, verify_complaint
+from cosilo_server.secagg import verify_complaint
 from tests.protocol.parties import (
     BASE,
     RUN,
     Coordinator,
     Site,
+    barred_by,
     close_all,
     federation,
     make_start,
@@ -385,8 +386,8 @@ def test_not_all_shares_or_other_shares_are_refused(sites: dict[str, Site]) -> N
 
 def test_a_false_complaint_costs_the_liar() -> None:
     """phase-3, f = 1: one complaint may be a lie and leaves out the complainer; two name the dealer."""
-    assert left_out([(D, A)], f=1) == {D}
-    assert left_out([(D, A), (C, A)], f=1) == {A}
+    assert barred_by([(D, A)], f=1) == {D}
+    assert barred_by([(D, A), (C, A)], f=1) == {A}
 
 
 # R5: one consent

@@ -158,21 +158,6 @@ def test_names_of_the_vectors_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize(
-    ("complaints", "f", "expected"),
-    [
-        ([], 1, set()),
-        ([("a", "d")], 1, {"a"}),  # up to f may lie: the lie costs the liar
-        ([("a", "d"), ("b", "d")], 1, {"d"}),  # f + 1 include an honest one
-        ([("a", "d"), ("a", "d")], 1, {"a"}),  # one complainer counts once
-        ([("a", "d"), ("b", "d"), ("c", "e")], 1, {"d", "c"}),
-        ([("a", "d")], 0, {"d"}),
-    ],
-)
-def test_who_the_next_attempt_leaves_out(complaints: list[tuple[str, str]], f: int, expected: set[str]) -> None:
-    assert secagg.left_out(complaints, f) == expected
-
-
 def test_a_violation_names_its_rule_and_shows_no_secret() -> None:
     secret = generate_secret(InsecureFakeRandom("canary"))
     error = ProtocolViolation(Rule.ONE_SHARE, "both shares for site-1")

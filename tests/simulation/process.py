@@ -36,6 +36,7 @@ class Process:
         self.points = 0
         self.dies_at = 0  # the point at which it dies; 0 for none
         self.died_at_point = ""
+        self.crashed: BaseException | None = None  # what its main task raised, where it died of that
         self.dead = asyncio.Event()
         self.files: dict[int, str] = {}
         self._loop = loop
@@ -101,8 +102,10 @@ class Process:
 
     def _tasks_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)
-        if not task.cancelled() and isinstance(task.exception(), ProcessDied):
-            return  # seen, so that asyncio does not warn of it
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self.alive and task.get_name() == self.name:
+            self.crashed = error
+            self.die()
 
 
 @contextmanager

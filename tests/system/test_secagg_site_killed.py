@@ -105,7 +105,7 @@ def test_a_site_killed_while_it_trains_is_done_without_and_takes_part_in_the_nex
 
 def kill_and_check(federation: LocalFederation, run: Run, phase: Phase, victim: str, summed: bool, attempt: int) -> None:
     others = [site for site in sorted(federation.sites) if site != victim]
-    before = dropouts(federation)
+    dropouts, attempts = counted(federation, "cosilo_secagg_dropouts_total"), counted(federation, "cosilo_secagg_attempts_total")
     fail_at(federation, run.digest, phase, victim)
     assert not federation.daemon(victim).alive
     federation.wait_idle(run.digest)
@@ -113,7 +113,8 @@ def kill_and_check(federation: LocalFederation, run: Run, phase: Phase, victim: 
     assert (entry["phase"], entry["reason"], entry["attempt"]) == ("closed", "", attempt)
     assert entry["invited"] == sorted(federation.sites)
     assert entry["survivors"] == (sorted(federation.sites) if summed else others)
-    assert dropouts(federation) - before == Counter({} if summed else {phase.value: 1})
+    assert counted(federation, "cosilo_secagg_dropouts_total") - dropouts == Counter({} if summed else {phase.value: 1})
+    assert counted(federation, "cosilo_secagg_attempts_total") - attempts == +Counter(opened=1, repeated=attempt - 1)
     check_against_the_loop(federation, run, entry)
     wait_until(lambda: trainer_of(federation, victim) is None, "the killed daemon's trainer is gone", COLD_S)
 
@@ -141,7 +142,6 @@ def integers(weight: int, update: Vector) -> np.ndarray[Any, np.dtype[np.int64]]
     return np.rint(weight / CAP * LARGEST / CLIP * update.astype(np.float64)).astype(np.int64)
 
 
-def dropouts(federation: LocalFederation) -> Counter[str]:
-    """Sites left out, by phase, as the coordinator counts them."""
-    found = federation.metrics(COORDINATOR)
-    return Counter({labels["phase"]: int(value) for name, labels, value in found if name == "cosilo_secagg_dropouts_total"})
+def counted(federation: LocalFederation, name: str) -> Counter[str]:
+    """A counter of the coordinator's by its one label."""
+    return Counter({next(iter(labels.values())): int(value) for sample, labels, value in federation.metrics(COORDINATOR) if sample == name})

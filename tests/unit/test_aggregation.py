@@ -115,6 +115,7 @@ def test_four_sites_give_the_weighted_mean(tmp_path: Path, bits: int) -> None:
     bound = run.encoding.error_bound(CLIP, 4, sum(shares)) + 2 * np.spacing(np.float32(np.abs(before).max() + 1))
     assert float(np.abs(after - (before.astype(np.float64) + mean)).max()) <= bound
     assert result.tail.total_weight == sum(shares)
+    assert len(result.tensor_peaks) == {32: 0, 24: len(run.table.entries)}[bits]
 
 
 def test_the_order_of_arrival_changes_no_bit(tmp_path: Path) -> None:

@@ -46,14 +46,22 @@ def test_a_preset_and_a_name_make_a_manifest(read: Read) -> None:
     assert (manifest.federation, manifest.nonce, manifest.tensors) == ("north-star", NONCE.hex(), TABLE.entries)
     assert (manifest.aggregation, manifest.n_min, manifest.f, manifest.cohort) == ("cosilo-secagg/1", 3, 1, 0)
     assert manifest.architecture == PRESETS["digits"].architecture
-    assert manifest.training == PRESETS["digits"].training
+    assert manifest.training == PRESETS["digits"].training.model_copy(update={"seed": manifest.training.seed})
+
+
+def test_a_run_has_a_seed_of_its_own_unless_the_file_gives_one(read: Read) -> None:
+    """Two runs of one seed train alike from one model: with other survivors, the difference of their sums would be one site's update."""
+    one, other = (read(BASIC).manifest("north-star", SITES, TABLE, nonce).training.seed for nonce in (NONCE, bytes(16)))
+    assert one != other
+    given = read(BASIC + "[training]\nseed = 7\n").manifest("north-star", SITES, TABLE, NONCE)
+    assert given.training.seed == 7
 
 
 def test_sections_override_single_values_of_the_preset(read: Read) -> None:
     manifest = read(
         BASIC + "rounds_max = 7\n[training]\nlearning_rate = 1e-4\n[sampling]\nsteps = 5\n[encoding]\nclip = 2\n[deadlines]\ngather_s = 9\n"
     ).manifest("north-star", SITES, TABLE, NONCE)
-    assert manifest.training == PRESETS["digits"].training.model_copy(update={"learning_rate": 1e-4})
+    assert manifest.training == PRESETS["digits"].training.model_copy(update={"learning_rate": 1e-4, "seed": manifest.training.seed})
     assert manifest.sampling.steps == 5
     assert manifest.encoding.clip == 2.0
     assert manifest.deadlines.gather_s == 9.0

@@ -71,6 +71,9 @@ def test_a_run_is_allowed_for_what_it_is(table: dict[str, object], count: int, c
         ({"cohort_min": 4}, RoundKind.TRAIN, 3, Spent(), NOON, "3 sites are invited"),
         ({"rounds_max": 2}, RoundKind.TRAIN, 4, Spent(2, 10), NOON, "2 rounds are trained"),
         ({"rounds_max": 0}, RoundKind.TRAIN, 4, Spent(), NOON, "0 rounds are trained"),
+        ({}, RoundKind.STATISTICS, 4, Spent(statistics=100), NOON, "this site's most is 100"),
+        ({"statistics_rounds_max": 0}, RoundKind.STATISTICS, 4, Spent(), NOON, "0 statistics rounds are measured"),
+        ({"rounds_max": 3}, RoundKind.STATISTICS, 4, Spent(statistics=3), NOON, "this site's most is 3"),
         ({"hours_max": 1.5}, RoundKind.TRAIN, 4, Spent(1, 5400), NOON, "1.5 hours are trained"),
         ({"hours": ["19:00-07:00"]}, RoundKind.TRAIN, 4, Spent(), NOON, "it is 12:00"),
         ({"hours": ["19:00-07:00"]}, RoundKind.TRAIN, 4, Spent(), time(7, 0), "it is 07:00"),
@@ -89,6 +92,8 @@ def test_a_round_is_refused(table: dict[str, object], kind: RoundKind, invited: 
     [
         ({}, RoundKind.TRAIN, Spent(99_999, 1e6), NOON),
         ({"rounds_max": 2}, RoundKind.TRAIN, Spent(1, 0), NOON),
+        ({}, RoundKind.STATISTICS, Spent(statistics=99), NOON),
+        ({"statistics_rounds_max": 0}, RoundKind.TRAIN, Spent(statistics=9), NOON),
         ({"rounds_max": 2, "hours_max": 0.1}, RoundKind.REHEARSAL, Spent(2, 1e6), NOON),
         ({"rounds_max": 2, "hours_max": 0.1}, RoundKind.STATISTICS, Spent(2, 1e6), NOON),
         ({"hours": ["19:00-07:00"]}, RoundKind.TRAIN, Spent(), time(19, 0)),

@@ -214,7 +214,7 @@ def test_all_declining_abandons_with_the_reason() -> None:
     for name in NAMES[:4]:
         script.say(Declined(name, DeclineCode.POLICY))
     assert script.state.phase is Phase.ABANDONED
-    assert script.state.reason == "0 sites finished training and 3 are needed"
+    assert script.state.reason == "0 sites finished training and 3 are needed; 4 declined: policy"
 
 
 @pytest.mark.parametrize("secure", [True, False])
@@ -267,6 +267,26 @@ def test_attempts_end_at_their_bound() -> None:
         script.say(ComplaintReceived(script.state.roster[0], attempt, script.state.roster[1]))
     assert script.state.phase is Phase.ABANDONED
     assert script.state.reason == "st-anna complained of st-felix; 5 attempts are spent"
+
+
+A, B, C, D, E = MORE[:5]
+
+
+@pytest.mark.parametrize(
+    ("complaints", "f", "expected"),
+    [
+        ({}, 1, set()),
+        ({A: (D,)}, 1, {A}),  # up to f may lie: the lie costs the liar
+        ({A: (D,), B: (D,)}, 1, {D}),  # f + 1 include an honest one
+        ({A: (D, D)}, 1, {A}),  # one complainer counts once
+        ({A: (D,), B: (D,), C: (E,)}, 1, {D, C}),
+        ({A: (D,)}, 0, {D}),
+    ],
+)
+def test_whom_complaints_leave_out(complaints: dict[str, tuple[str, ...]], f: int, expected: set[str]) -> None:
+    script = Script(sites=5, f=f)
+    sites = {name: replace(site, complaints=complaints.get(name, ())) for name, site in script.state.sites.items()}
+    assert barred(replace(script.state, sites=sites)) == expected
 
 
 def test_one_complaint_leaves_out_the_complainer_and_more_than_f_leave_out_the_dealer() -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from cosilo_client import cli
 from cosilo_client.cli import main
 from cosilo_client.policy import Spent
+from cosilo_client.run_terms import ROUNDS_PER_MODEL_MAX
 from cosilo_client.spending import FILE_NAME, Spending
+from cosilo_client.standing import RunStanding, Standing
 from cosilo_common.errors import CosiloError
 
-COMMANDS = ["enrol", "check", "members", "accept", "status", "serve"]
+COMMANDS = ["enrol", "check", "members", "accept", "permit", "vouch", "status", "serve"]
+DOCS = (Path(__file__).parents[2] / "docs" / "cli-site.md").read_text(encoding="utf-8")
 HELP_SECONDS_MAX = 0.5  # issue 2
 RUN = bytes(32)
 
@@ -63,6 +69,21 @@ def test_the_commands_are_these(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     _, _, listed = capsys.readouterr().out.partition("\nCommands:\n")
     assert [line.split()[0] for line in listed.splitlines()] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented(command: str) -> None:
+    assert re.search(rf"^\| `cosilo-site {command}[ `]", DOCS, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("status", Standing), ("run", RunStanding)])
+def test_every_key_of_status_is_documented(name: str, shape: type) -> None:
+    section = DOCS.split(f"\n### {name}\n")[1].split("\n### ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(get_type_hints(shape))
+
+
+def test_the_bound_that_is_repeated_to_start_fast_is_the_same() -> None:
+    assert cli.ROUNDS_PER_MODEL_MAX == ROUNDS_PER_MODEL_MAX
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@ Must not know sockets or files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cosilo_common.canonical import MalformedBytes, check_name
+from cosilo_common.canonical import MalformedBytes, check_name, sha256
 from cosilo_common.errors import CosiloError
 
 URI_SCHEME = "spiffe://"
@@ -65,12 +67,14 @@ class PeerName:
 class Peer:
     """A party as its certificate names it.
 
-    serial: of the certificate, a positive integer; not_after: its last valid moment, UTC.
+    serial: of the certificate, a positive integer; not_after: its last valid moment, UTC; key_digest: SHA-256 of the
+    certified key (SubjectPublicKeyInfo), which stays when a certificate is renewed.
     """
 
     name: PeerName
     serial: int
     not_after: datetime
+    key_digest: bytes = field(default=b"", compare=False, repr=False)
 
 
 def coordinator_name(federation: str) -> PeerName:
@@ -108,11 +112,12 @@ def peer_from_certificate(pem: bytes) -> Peer:
         certificate = x509.load_pem_x509_certificate(pem)
         name = name_in_extensions(certificate.extensions)
         is_ca = _is_ca(certificate.extensions)
-    except (ValueError, x509.DuplicateExtension) as error:
+        key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
         raise CosiloError("read certificate", f"it does not parse ({type(error).__name__})") from None
     if is_ca:
         raise CosiloError("read certificate", f"{name.uri()} stands in a CA's certificate, not in a party's")
-    return Peer(name=name, serial=certificate.serial_number, not_after=certificate.not_valid_after_utc)
+    return Peer(name, certificate.serial_number, certificate.not_valid_after_utc, sha256(key))
 
 
 def name_in_extensions(extensions: x509.Extensions) -> PeerName:

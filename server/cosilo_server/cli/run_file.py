@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from cosilo_common.canonical import sha256
 from cosilo_common.diffusion.presets import preset
 from cosilo_common.diffusion.specification import Architecture, Preset
 from cosilo_common.errors import CosiloError
@@ -56,6 +57,7 @@ class RunFile:
         _refuse_unknown(path, given, KEYS, "")
         self.participants = _participants(path, given.get("participants", ALL))
         self.recipe = _recipe(path, given)
+        self.seed_given = "seed" in _section(path, given, "training")
         self.values: dict[str, Any] = {key: given[key] for key in SCALARS if key in given}
         for name, kind in TERMS.items():
             section = _section(path, given, name)
@@ -85,7 +87,7 @@ class RunFile:
         """The manifest of this file.
 
         site_keys: Ed25519 public keys (32 bytes) of every site in the verified members list, by name; nonce: 16
-        random bytes. Where the file leaves them out, n_min is 3, or all of fewer plain-sum participants; f is a third
+        random bytes. Where the file leaves them out, training.seed is drawn from the nonce, n_min is 3, or all of fewer plain-sum participants; f is a third
         of the participants, at least 1, and 0 in plain sum. Raises CosiloError naming the key that is wrong.
         """
         names = sorted(site_keys) if self.participants is None else sorted(self.participants)
@@ -103,12 +105,15 @@ class RunFile:
             "n_min": SECURE_SITES_MIN if secure else min(SECURE_SITES_MIN, len(names)),
             "f": max(1, len(names) // 3) if secure else 0,
         }
+        recipe = self.recipe.model_dump()
+        if not self.seed_given:
+            recipe["training"]["seed"] = _own_seed(nonce)
         try:
             manifest = Manifest.model_validate(
                 {
                     **defaults,
                     **self.values,
-                    **self.recipe.model_dump(),
+                    **recipe,
                     "federation": federation,
                     "nonce": nonce.hex(),
                     "participants": [{"name": name, "key": site_keys[name].hex()} for name in names],
@@ -118,6 +123,11 @@ class RunFile:
         except ValidationError as error:
             raise _error(self.path, _describe(error), "correct the named value") from None
         return parse_manifest(manifest.canonical())  # what is signed is what everybody else will be able to read
+
+
+def _own_seed(nonce: bytes) -> int:
+    """A seed that no other run has: two runs of one seed train alike from one model, and the difference of their sums could be one site's."""
+    return int.from_bytes(sha256(b"cosilo/run-seed/1" + nonce)[:8], "big") >> 1
 
 
 def _read(path: Path) -> dict[str, Any]:

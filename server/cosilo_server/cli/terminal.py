@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from typing import TextIO
 
-from cosilo_common.errors import CosiloError
+from cosilo_common.errors import CosiloError, printable
 
 SHORT_DIGEST_CHARS = 12  # 48 bits tell any federation's runs apart; a person can still compare two of them
 COLUMN_GAP = "  "
@@ -37,7 +37,7 @@ class CoordinatorUnreachable(CosiloError):
 
 def say(line: str = "") -> None:
     """One line of result."""
-    print(line, file=sys.stdout, flush=True)
+    print(printable(line), file=sys.stdout, flush=True)
 
 
 def say_json(document: Mapping[str, object]) -> None:
@@ -135,4 +135,4 @@ def number_words(value: float | None) -> str:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

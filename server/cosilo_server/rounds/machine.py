@@ -42,7 +42,7 @@ from cosilo_server.rounds.events import (
     Tick,
     UploadReceived,
 )
-from cosilo_server.rounds.state import ACTIVITY_ORDER, Phase, Round, Site, Terms
+from cosilo_server.rounds.state import ACTIVITY_ORDER, DeclineCode, Phase, Round, Site, Terms
 
 ATTEMPTS_MAX = 5  # PROTOCOL.md, phase 2
 PROGRESS_PARTS = 128  # a transfer counts as advancing when it moved this part of the model: bounds how long a dribble can hold a round
@@ -314,9 +314,15 @@ def _after_gathering(state: Round, connected: tuple[str, ...], now: float) -> St
 
 def _after_training(state: Round, delivered: tuple[str, ...], now: float) -> Step:
     if len(delivered) < state.quorum:
-        return _abandon(state, f"{len(delivered)} sites finished training and {state.quorum} are needed", now)
+        return _abandon(state, f"{len(delivered)} sites finished training and {state.quorum} are needed{_declines(state)}", now)
     following = Phase.SHARING if state.terms.secure else Phase.UPLOADING
     return _enter(replace(state, roster=delivered), following, now), ()
+
+
+def _declines(state: Round) -> str:
+    """Why invited sites declined, for the reason: by code, which is all that they say."""
+    codes = [site.declined for name in state.invited if (site := state.sites[name]).declined is not None]
+    return "".join(f"; {codes.count(code)} declined: {code}" for code in DeclineCode if code in codes)
 
 
 def _after_sharing(state: Round, delivered: tuple[str, ...], now: float) -> Step:

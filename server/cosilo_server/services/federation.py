@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -90,8 +91,8 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         self._streams[site] = self._streams.get(site, 0) + 1
         try:
             await self._hello(peer, request_iterator, context)
-            await self._conductor.attend(site, True)
             try:
+                await self._conductor.attend(site, True)
                 async for response in self._snapshots(peer, request_iterator, context):
                     yield response
             finally:
@@ -202,8 +203,9 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         """PutUpdate, with its requests as bytes."""
         peer = await self._gate.site(context)
         try:
-            async for response in self._uploads.receive(peer.name.name, request_iterator):
-                yield response
+            async with aclosing(self._uploads.receive(peer.name.name, request_iterator)) as responses:
+                async for response in responses:
+                    yield response
         except CosiloError as error:
             await self._gate.refuse(context, error)
 
@@ -218,7 +220,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
     async def RenewCertificate(self, request: site_pb2.RenewCertificateRequest, context: Context) -> site_pb2.RenewCertificateResponse:
         peer = await self._gate.site_or_admin(context)
         try:
-            chain = await asyncio.to_thread(self._authority.renew, request.csr, peer.name, datetime.now(UTC))
+            chain = await asyncio.to_thread(self._authority.renew, request.csr, peer, datetime.now(UTC))
         except CosiloError as error:
             await self._gate.refuse(context, error)
         log.info("certificate renewed", party=str(peer.name))

@@ -36,10 +36,10 @@ _TRANSFER_STATUS = {
 class Gate:
     """Checks each caller's certificate against the federation and its members.
 
-    is_member(role, name) answers from the newest members list. TLS has already checked the chain.
+    is_member(peer) answers from the newest members list. TLS has already checked the chain.
     """
 
-    def __init__(self, federation: str, is_member: Callable[[Role, str], bool], metrics: CoordinatorMetrics) -> None:
+    def __init__(self, federation: str, is_member: Callable[[Peer], bool], metrics: CoordinatorMetrics) -> None:
         self._federation = federation
         self._is_member = is_member
         self._metrics = metrics
@@ -59,7 +59,7 @@ class Gate:
 
     def still_member(self, peer: Peer) -> bool:
         """Whether the peer still stands in the members list."""
-        return self._is_member(peer.name.role, peer.name.name)
+        return self._is_member(peer)
 
     async def _expect(self, context: Context, *roles: Role) -> Peer:
         pems = list(context.auth_context().get("x509_pem_cert") or ())

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from google.protobuf.message import DecodeError
 
@@ -40,13 +41,35 @@ class UploadDesk:
         self._store = store
         self._spool = spool
         self._metrics = metrics
+        self._receiving: set[tuple[bytes, str]] = set()
 
-    async def receive(self, site: str, requests: AsyncIterator[bytes]) -> AsyncIterator[site_pb2.PutUpdateResponse]:
-        """One upload call. Raises CosiloError (ProtocolViolation, TransferError) with what is wrong."""
+    async def receive(self, site: str, requests: AsyncIterator[bytes]) -> AsyncGenerator[site_pb2.PutUpdateResponse]:
+        """One upload call. Raises CosiloError (ProtocolViolation, TransferError) with what is wrong.
+
+        One at a time for a site in a run: each statement that it signs would otherwise have a file of its own, and the last to end would
+        take the place of one that the round counts on already.
+        """
         iterator = aiter(requests)
-        state, signed = await self._open(site, await _next(iterator, HEADER_TIMEOUT_S))
+        first = await _next(iterator, HEADER_TIMEOUT_S)
+        run = self._open(site, first)[0].run
+        if (run, site) in self._receiving:
+            raise TransferError(Refusal.BUSY, "upload", f"another upload of {site} is under way", "end that one first")
+        self._receiving.add((run, site))
+        try:
+            async with aclosing(self._receive(site, first, iterator)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            self._receiving.discard((run, site))
+
+    async def _receive(self, site: str, first: bytes, iterator: AsyncIterator[bytes]) -> AsyncGenerator[site_pb2.PutUpdateResponse]:
+        state, signed = self._open(site, first)
         record = state.sites[site]
-        if record.upload is not None and record.upload.statement == signed.encode():
+        if record.upload is not None and signed.attempt == state.attempt:
+            if record.upload.statement != signed.encode():
+                raise ProtocolViolation(
+                    Rule.ONE_MASKING, f"{site} has uploaded in attempt {state.attempt} already, under another statement"
+                )
             yield site_pb2.PutUpdateResponse(resume_offset=record.upload.size_bytes)
             yield site_pb2.PutUpdateResponse(stored=True)
             return
@@ -56,15 +79,28 @@ class UploadDesk:
         if await asyncio.to_thread(self._stands, state, site, body.digest.hex()):  # arrived whole just before a crash
             yield site_pb2.PutUpdateResponse(resume_offset=body.size_bytes)
         else:
-            sink = await asyncio.to_thread(self._spool.receive, state.run.hex(), state.number, site, body.size_bytes, body.digest.hex())
-            if sink.offset:
-                self._metrics.upload_resumed.inc()
-            yield site_pb2.PutUpdateResponse(resume_offset=sink.offset)
-            await self._fill(sink, iterator, state, site)
+            sink = await self._sink(state, site, body)
+            try:
+                if sink.offset:
+                    self._metrics.upload_resumed.inc()
+                yield site_pb2.PutUpdateResponse(resume_offset=sink.offset)
+                await self._fill(sink, iterator, state, site)
+            finally:
+                sink.close()  # also where the call is cancelled at the answer above: the sink holds a descriptor and a lock
         await self._deliver(state, site, signed, body)
         yield site_pb2.PutUpdateResponse(stored=True)
 
-    async def _open(self, site: str, first: bytes) -> tuple[Round, Signed]:
+    async def _sink(self, state: Round, site: str, body: UploadBody) -> FileSink:
+        """Where the upload is received; a caller that is cancelled meanwhile leaves none open."""
+        run, digest = state.run.hex(), body.digest.hex()
+        opening = asyncio.ensure_future(asyncio.to_thread(self._spool.receive, run, state.number, site, body.size_bytes, digest))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(lambda ended: None if ended.cancelled() or ended.exception() else ended.result().close())
+            raise
+
+    def _open(self, site: str, first: bytes) -> tuple[Round, Signed]:
         try:
             request = site_pb2.PutUpdateRequest.FromString(first)
         except DecodeError:
@@ -97,21 +133,21 @@ class UploadDesk:
                 received += len(chunk)
                 count += 1
                 current = self._conductor.round(state.run)
-                if current is None or (current.number, current.phase) != (state.number, Phase.UPLOADING):
-                    raise ProtocolViolation(Rule.ORDER, f"round {state.number} takes no uploads any more")
+                here = (state.number, state.attempt, Phase.UPLOADING)
+                if current is None or (current.number, current.attempt, current.phase) != here:
+                    raise ProtocolViolation(Rule.ORDER, f"attempt {state.attempt} of round {state.number} takes no uploads any more")
                 if count % PROGRESS_EVERY_CHUNKS == 0:
                     progress = Progressed(site, Activity.UPLOADING, 10 * sink.offset // sink.size, sink.offset)
-                    await self._conductor.handle(state.run, progress)
+                    await self._conductor.handle(state.run, progress, state.number)
             await asyncio.to_thread(sink.finish)
             self._metrics.transfer_duration.labels(direction="up").observe(time.monotonic() - began)
         finally:
-            sink.close()
             self._metrics.transfer_bytes.labels(direction="up", site=site).inc(received)
             await asyncio.to_thread(self._store.add_bytes, state.run, state.number, 0, received)
 
     async def _deliver(self, state: Round, site: str, signed: Signed, body: UploadBody) -> None:
         upload = Upload(signed.encode(), body.digest, body.size_bytes)
-        if refused := await self._conductor.handle(state.run, UploadReceived(site, signed.attempt, upload)):
+        if refused := await self._conductor.handle(state.run, UploadReceived(site, signed.attempt, upload), state.number):
             await asyncio.to_thread(self._spool.discard, state.run.hex(), state.number, site)
             raise ProtocolViolation(Rule.ORDER, refused)
 

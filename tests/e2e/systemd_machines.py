@@ -1,0 +1,214 @@
+"""Machines for a test: containers whose PID 1 is systemd, on a network of their own, under a Docker engine of the test's own.
+
+Owns the engine, its folder, the network and the containers, and that nothing of them is left. Must not know what is installed on them.
+The engine touches nothing of the host's: its own data and sockets, no iptables chains, no forwarding, so that the machines reach each
+other and the host and nothing else. That is the air-gapped case.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ipaddress import IPv4Network, ip_address
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.e2e.checklist import CheckFailed, wait_for
+from tests.federation.processes import Daemon, tail
+
+ENGINE_START_S = 90.0
+COMMAND_S = 600.0  # installing torch on a busy machine
+BOOT_S = 90.0
+BRIDGE = "cosilo-e2e"  # at most 15 characters: the name of a network interface
+NETWORK = "cosilo-e2e"
+IMAGE = "cosilo-e2e-systemd"
+SUBNETS = [IPv4Network(f"10.{second}.77.0/24") for second in range(213, 245)]  # the first that no route of this machine has
+_CONTAINER_OPTIONS = [
+    # What systemd needs as PID 1, and what hidepid needs where root is not all-powerful (ProtectProc with PrivateUsers).
+    *("--cap-add", "SYS_ADMIN", "--cap-add", "SYS_PTRACE"),
+    *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
+    *("--cgroupns=host", "-v", "/sys/fs/cgroup:/sys/fs/cgroup:rw", "--tmpfs", "/run", "--tmpfs", "/tmp:exec"),
+    *("--stop-signal", "SIGRTMIN+3"),  # systemd(1): halt
+    *("--device-cgroup-rule", "c 195:* rwm"),  # NVIDIA's devices: the engine allows them, so that the unit's own rules are what decides
+]
+
+
+class Engine:
+    """A Docker engine in a temporary folder. Use as a context: it ends with everything that it ran."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="cosilo-e2e-"))
+        self._socket = self.root / "docker.sock"
+        self._environment = {**os.environ, "DOCKER_HOST": f"unix://{self._socket}"}
+        dockerd = shutil.which("dockerd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if dockerd is None:
+            raise CheckFailed("dockerd is not installed: run tests/e2e/prepare systemd")
+        options = {"data-root": "data", "exec-root": "exec", "pidfile": "docker.pid"}
+        command = [dockerd, *(f"--{name}={self.root / path}" for name, path in options.items()), f"--host=unix://{self._socket}"]
+        command += ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--userland-proxy=false"]
+        self._daemon = Daemon("dockerd", command, self.root / "dockerd.log", self._environment)
+        self.subnet = _free_subnet()
+        self._containers: list[str] = []
+        self._forwarding = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._daemon.start()
+            wait_for(self._answers, "dockerd answers", ENGINE_START_S, lambda: tail(self._daemon.log))
+            bridge = f"com.docker.network.bridge.name={BRIDGE}"
+            self.docker("network", "create", f"--subnet={self.subnet}", "-o", bridge, NETWORK)
+            # Another engine on this machine may have made FORWARD drop what crosses a bridge.
+            self._forwarding = _iptables("-I")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def docker(self, *arguments: str, stdin: bytes | None = None, timeout_s: float = COMMAND_S) -> str:
+        """`docker ...`; returns its standard output. Raises CheckFailed with both outputs where it fails."""
+        done = subprocess.run(
+            ["docker", *arguments], env=self._environment, input=stdin or b"", capture_output=True, timeout=timeout_s, check=False
+        )
+        if done.returncode:
+            said = (done.stdout + done.stderr).decode(errors="replace").rstrip()
+            raise CheckFailed(f"docker {' '.join(arguments)}: exit {done.returncode}\n{said}")
+        return done.stdout.decode(errors="replace")
+
+    def boot(self, name: str, host: int, wheelhouse: Path) -> Machine:
+        """Starts a machine; host: the last number of its address. Its wheelhouse is at /wheelhouse, read-only, as from a stick."""
+        address = str(self.subnet[host])
+        self._containers.append(name)
+        place = ["--name", name, "--hostname", name, "--network", NETWORK, "--ip", address]
+        self.docker("run", "--detach", *place, *_CONTAINER_OPTIONS, "-v", f"{wheelhouse}:/wheelhouse:ro", IMAGE, "/sbin/init")
+        return Machine(self, name, address)
+
+    def close(self) -> None:
+        """Containers, network, engine, mounts, folder: in this order, and each even where the one before failed."""
+        ids = [text.strip() for name in self._containers if (text := self._quietly("inspect", "-f", "{{.Id}}", name))]
+        for name in self._containers:
+            self._quietly("rm", "--force", "--volumes", name)
+        self._quietly("network", "rm", NETWORK)
+        if self._forwarding:
+            _iptables("-D")
+        self._daemon.stop()
+        _unmount_below(self.root)
+        _remove_cgroups(ids)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        if not self._daemon.alive:
+            raise CheckFailed(f"dockerd ended with {self._daemon.exit_code}\n{tail(self._daemon.log)}")
+        return bool(self._quietly("version", "--format", "{{.Server.Version}}"))
+
+    def _quietly(self, *arguments: str) -> str:
+        try:
+            return self.docker(*arguments)
+        except (CheckFailed, subprocess.TimeoutExpired, OSError):
+            return ""
+
+
+class Machine:
+    """One of the machines."""
+
+    def __init__(self, engine: Engine, name: str, address: str) -> None:
+        self._engine = engine
+        self.name = name
+        self.address = address
+
+    def run(self, *command: str, stdin: bytes | None = None, timeout_s: float = COMMAND_S) -> str:
+        """A command as root on the machine; returns its standard output, raises CheckFailed where it fails."""
+        return self._engine.docker("exec", "--interactive", self.name, *command, stdin=stdin, timeout_s=timeout_s)
+
+    def shell(self, script: str) -> str:
+        """The same for a line of shell."""
+        return self.run("sh", "-ec", script)
+
+    def refused(self, *command: str) -> str:
+        """What a command that must fail says."""
+        try:
+            said = self.run(*command)
+        except CheckFailed as error:
+            return str(error)
+        raise CheckFailed(f"{self.name}: {' '.join(command)}: went through\n{said}")
+
+    def put(self, source: Path, target: str) -> None:
+        """Copies a file or a folder onto the machine."""
+        self._engine.docker("cp", str(source), f"{self.name}:{target}")
+
+    def unit(self, unit: str, *properties: str) -> dict[str, str]:
+        """`systemctl show`."""
+        lines = self.run("systemctl", "show", unit, "--property", ",".join(properties)).splitlines()
+        return dict(line.partition("=")[::2] for line in lines)
+
+    def main_pid(self, unit: str) -> int:
+        """The unit's main process; 0 where it does not run."""
+        return int(self.unit(unit, "MainPID")["MainPID"])
+
+    def active(self, unit: str) -> bool:
+        """Whether it said READY=1 and still runs."""
+        return self.unit(unit, "ActiveState")["ActiveState"] == "active"
+
+    def journal(self, unit: str, *filters: str) -> str:
+        """A unit's journal of this boot."""
+        return self.run("journalctl", "--unit", unit, "--no-pager", *filters)
+
+    def wait_booted(self) -> None:
+        """Returns when systemd says that the machine runs and every unit is well."""
+        wait_for(lambda: self._system_state() == "running", f"{self.name} has booted", BOOT_S, lambda: self._failed_units())
+
+    def reboot(self) -> None:
+        """Halts it as the power button would, and starts it again."""
+        self._engine.docker("restart", "--time", "60", self.name)
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        """A signal to one process."""
+        self.run("kill", f"-{number.name[3:]}", str(pid))
+
+    def _system_state(self) -> str:
+        try:
+            return self.run("sh", "-c", "systemctl is-system-running || true").strip()
+        except CheckFailed:  # it boots, or shuts down
+            return ""
+
+    def _failed_units(self) -> str:
+        return self.run("systemctl", "--failed", "--no-pager")
+
+
+def _free_subnet() -> IPv4Network:
+    taken = [
+        ip_address(bytes.fromhex(line.split()[1])[::-1])
+        for line in Path("/proc/net/route").read_text(encoding="ascii").splitlines()[1:]
+    ]
+    return next(subnet for subnet in SUBNETS if not any(route in subnet for route in taken))
+
+
+def _iptables(action: str) -> bool:
+    """Lets packets cross the test's own bridge, or stops letting them; whether that could be said."""
+    program = shutil.which("iptables", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    rule = ["-w", action, "FORWARD", "-i", BRIDGE, "-o", BRIDGE, "-j", "ACCEPT"]
+    return program is not None and subprocess.run([program, *rule], capture_output=True, check=False).returncode == 0
+
+
+def _unmount_below(root: Path) -> None:
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    for mount in sorted((mount for mount in mounts if mount.startswith(f"{root}/")), reverse=True):
+        subprocess.run(["umount", "--lazy", mount], capture_output=True, check=False)
+
+
+def _remove_cgroups(containers: Sequence[str]) -> None:
+    """systemd in a container leaves empty groups in the host's tree, which the engine does not know."""
+    for container in filter(None, containers):
+        for top in Path("/sys/fs/cgroup").glob(f"**/docker/{container}"):
+            for folder, _, _ in os.walk(top, topdown=False):
+                try:
+                    Path(folder).rmdir()
+                except OSError:
+                    break  # somebody is still in it: theirs to remove

@@ -1,0 +1,592 @@
+"""gRPC in memory: the calls of grpc.aio that both sides use, over links that lose, delay, double and cut.
+
+Owns connections, calls and what may happen to a message on its way. The site's own `Transport` runs on `Channel`, the coordinator's own
+`SiteService` registers its methods on `Server`, and everything between them is bytes. What gRPC promises is kept (messages of one call
+arrive in order or the call breaks; an answer means that the handler returned); what it does not promise is drawn: how calls overtake one
+another, who notices a broken link first, whether a request whose caller is gone is still carried out. Must not know what messages mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Generator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from random import Random
+from typing import Any, Final, Protocol
+
+import grpc
+import grpc.aio
+
+from cosilo_common.framing import DATA_FIELD
+from cosilo_common.identity.names import Peer, PeerName, Role
+from tests.simulation.process import CURRENT, Process, ProcessDied
+
+CONNECT_S: Final = 20.0  # a SYN into a dead link is given up after this
+KEEPALIVE_S: Final = (30.0, 50.0)  # KEEPALIVE_MS and KEEPALIVE_TIMEOUT_MS of cosilo_common.identity.tls: when a silent link is noticed
+DOUBLED_S: Final = 90.0  # how much later a doubled request may come
+SUBMIT: Final = "/cosilo.v1.SiteService/Submit"
+CHUNKED: Final = frozenset({"/cosilo.v1.SiteService/PutUpdate", "/cosilo.v1.SiteService/GetArtifact"})
+FEDERATION: Final = "simulated"
+NOT_AFTER: Final = datetime(2100, 1, 1, tzinfo=UTC)
+
+
+@dataclass
+class Weather:
+    """How likely a message is to meet each fault, and how slow links are. All are zero in fair weather."""
+
+    latency_s: float = 0.01
+    delayed: float = 0.0  # by up to delay_s
+    delay_s: float = 8.0
+    cut: float = 0.0  # the connection breaks around this message
+    vanished: float = 0.0  # a unary request that no answer ever comes to
+    doubled: float = 0.0  # a Submit that is carried out again, later
+    corrupted: float = 0.0  # a flipped bit in a chunk of data
+
+
+class Observer(Protocol):
+    """Who sees every message as it leaves."""
+
+    def site_sends(self, site: str, method: str, call: int, data: bytes) -> None: ...
+
+    def coordinator_sends(self, site: str, method: str, call: int, data: bytes, ended: bool) -> None: ...
+
+    def fail(self, rule: str, what: str) -> None: ...
+
+
+class Twister(Protocol):
+    """Who may change what the coordinator says to a site: a coordinator that lies."""
+
+    def twist(self, site: str, method: str, data: bytes) -> bytes: ...
+
+
+class Server:
+    """Where a coordinator registers its service: as much of grpc.aio.Server as `add_to` needs."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.methods: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, _handlers: object) -> None:
+        """gRPC's older way; the registered handlers are the same."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """Handlers by name; the later registration stands."""
+        self.methods |= {f"/{service}/{name}": handler for name, handler in handlers.items()}
+
+
+@dataclass
+class Link:
+    """The way between one site and the coordinator. While it is down messages wait, and connections may be given up."""
+
+    outages: int = 0
+    down: bool = False
+    slow_s: float = 0.0
+    held: deque[Callable[[], None]] = field(default_factory=deque)
+
+
+class Network:
+    """All links to one coordinator."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, random: Random, weather: Weather, observer: Observer) -> None:
+        self.loop = loop
+        self.random = random
+        self.weather = weather
+        self.observer = observer
+        self.twister: Twister | None = None
+        self.server: Server | None = None
+        self.links: dict[str, Link] = {}
+        self.faults: Counter[str] = Counter()
+        self.messages = 0
+        self.calls = 0
+        self._connections: dict[Connection, None] = {}
+
+    def channel(self, process: Process) -> Channel:
+        """A channel from a site's process, as grpc.aio.secure_channel gives one."""
+        return Channel(self, process)
+
+    def link(self, site: str) -> Link:
+        """A site's link."""
+        return self.links.setdefault(site, Link())
+
+    def link_down(self, site: str) -> None:
+        """Partitions a site from the coordinator."""
+        link = self.link(site)
+        if link.down:
+            return
+        link.down, link.outages = True, link.outages + 1
+        for connection in list(self._connections):
+            if connection.link is link:
+                connection.watch_outage(link.outages)
+
+    def link_up(self, site: str) -> None:
+        """Heals it: what waited arrives, on connections that still stand."""
+        link = self.link(site)
+        link.down = False
+        while link.held:
+            link.held.popleft()()
+
+    def died(self, process: Process, silently: bool) -> None:
+        """A process is gone. silently: with its machine, so that no kernel tells the other side."""
+        if self.server is not None and self.server.process is process:
+            self.server = None
+        for connection in list(self._connections):
+            if connection.client is process:
+                connection.client_died(silently)
+            elif connection.serving is process:
+                connection.server_died(silently)
+
+    def cut(self, connection: Connection) -> None:
+        """Breaks one connection, on both sides at times of their own."""
+        self.faults["connections cut"] += 1
+        connection.severed = True
+        self.loop.call_later(self.random.random(), connection.break_client, "the connection was reset")
+        self.loop.call_later(self.random.random() * 3, connection.break_server)
+
+    def cut_any(self, site: str) -> bool:
+        """Breaks the newest connection of a site, if it has any."""
+        mine = [c for c in self._connections if c.client.name == site and not c.severed]
+        if mine:
+            self.cut(mine[-1])
+        return bool(mine)
+
+    def opened(self, connection: Connection) -> None:
+        self._connections[connection] = None
+
+    def closed(self, connection: Connection) -> None:
+        self._connections.pop(connection, None)
+
+    def latency_s(self, link: Link) -> float:
+        """How long one message is on its way."""
+        weather, draw = self.weather, self.random.random()
+        base = weather.latency_s * (0.5 + self.random.random()) + link.slow_s * self.random.random()
+        if draw < weather.delayed:
+            self.faults["messages delayed"] += 1
+            return base + weather.delay_s * self.random.random()
+        return base
+
+    def drawn(self, share: float, fault: str) -> bool:
+        """Whether a fault strikes now; counted if so."""
+        if share and self.random.random() < share:
+            self.faults[fault] += 1
+            return True
+        return False
+
+
+class Connection:
+    """One TCP connection: it breaks on each side apart."""
+
+    def __init__(self, network: Network, client: Process) -> None:
+        self.network = network
+        self.client = client
+        self.link = network.link(client.name)
+        self.serving: Process | None = None
+        self.severed = False  # nothing arrives any more
+        self.client_open = True
+        self.server_open = True
+        self.calls: dict[Call, None] = {}
+        network.opened(self)
+        if self.link.down:
+            self.watch_outage(self.link.outages)
+
+    def transmit(self, call: Call, up: bool, arrive: Callable[[], None]) -> None:
+        """Puts a message of a call on its way, behind those before it."""
+        network = self.network
+        network.messages += 1
+        after = call.last_up if up else call.last_down
+        at = max(after + 1e-6, network.loop.time() + network.latency_s(self.link))
+        if up:
+            call.last_up = at
+        else:
+            call.last_down = at
+        network.loop.call_at(at, self._arrive, up, arrive)
+
+    def _arrive(self, up: bool, arrive: Callable[[], None]) -> None:
+        if self.severed or not (self.server_open if up else self.client_open):
+            return
+        if self.link.down:
+            self.link.held.append(lambda: self._arrive(up, arrive))
+            return
+        arrive()
+
+    def break_client(self, why: str) -> None:
+        """The site's side notices, or gives up: every call of it fails."""
+        if not self.client_open:
+            return
+        self.client_open = False
+        for call in list(self.calls):
+            call.ended(grpc.StatusCode.UNAVAILABLE, why)
+        self._tell(self.break_server)
+
+    def break_server(self) -> None:
+        """The coordinator's side notices: handlers that still run are cancelled."""
+        if not self.server_open:
+            return
+        self.server_open = False
+        for call in list(self.calls):
+            call.cancel_handler()
+        self._tell(lambda: self.break_client("the connection was closed by the coordinator"))
+
+    def client_died(self, silently: bool) -> None:
+        """The site's process is gone. silently: nothing tells the coordinator but its keepalive."""
+        self.client_open, self.severed = False, self.severed or silently
+        self._tell(self.break_server)
+
+    def server_died(self, silently: bool) -> None:
+        """The coordinator's process is gone."""
+        self.server_open, self.severed = False, self.severed or silently
+        self._tell(lambda: self.break_client("the connection was closed by the coordinator"))
+
+    def watch_outage(self, outage: int) -> None:
+        """Keepalive on both sides, each with its own clock."""
+
+        def notice(side: Callable[[], None]) -> None:
+            if self.link.down and self.link.outages == outage:
+                self.network.faults["connections given up"] += 1
+                side()
+
+        wait_s = self.network.random.uniform
+        self.network.loop.call_later(wait_s(*KEEPALIVE_S), notice, lambda: self.break_client("keepalive: no answer"))
+        self.network.loop.call_later(wait_s(*KEEPALIVE_S), notice, self.break_server)
+
+    def _tell(self, notice: Callable[[], None]) -> None:
+        """The other side's kernel hears of the end, behind what is already on its way; keepalive finds out where it does not."""
+        if not self.client_open and not self.server_open:
+            self.network.closed(self)
+            return
+        self.network.loop.call_later(self.network.random.uniform(*KEEPALIVE_S), notice)
+        if self.link.down or self.severed:
+            return
+        at = max([self.network.loop.time(), *(max(call.last_up, call.last_down) for call in self.calls)])
+        self.network.loop.call_at(at + self.network.latency_s(self.link), notice)
+
+
+class Channel:
+    """As much of grpc.aio.Channel as the site's Transport uses."""
+
+    def __init__(self, network: Network, process: Process) -> None:
+        self._network = network
+        self._process = process
+        self._connection: Connection | None = None
+        self._closed = False
+
+    def unary_unary(self, method: str, **how: Any) -> Callable[..., UnaryCall]:
+        """A callable for one request and one answer."""
+        return lambda request, timeout=None: UnaryCall(self, method, how, request, timeout)
+
+    def unary_stream(self, method: str, **how: Any) -> Callable[..., Call]:
+        """A callable for one request and many answers."""
+
+        def start(request: Any) -> Call:
+            call = Call(self, method, how)
+            call.open(request)
+            return call
+
+        return start
+
+    def stream_stream(self, method: str, **how: Any) -> Callable[..., Call]:
+        """A callable for a stream each way."""
+
+        def start() -> Call:
+            call = Call(self, method, how)
+            call.open(None)
+            return call
+
+        return start
+
+    async def close(self, _grace_s: float | None = None) -> None:
+        """Gives the connection up, and every call on it."""
+        self._closed = True
+        if self._connection is not None:
+            self._connection.break_client("the channel was closed")
+
+    def connection(self) -> Connection:
+        """The channel's connection, made anew where the last one broke."""
+        if self._connection is None or not self._connection.client_open:
+            self._connection = Connection(self._network, self._process)
+        return self._connection
+
+    @property
+    def network(self) -> Network:
+        return self._network
+
+
+class Call:
+    """One call, seen from both sides. last_up, last_down: when the newest message each way arrives."""
+
+    def __init__(self, channel: Channel, method: str, how: dict[str, Any]) -> None:
+        self.network = channel.network
+        self.connection = channel.connection()
+        self.method = method
+        self.last_up = self.last_down = 0.0
+        self._serialise = how.get("request_serializer") or (lambda data: data)
+        self._parse = how.get("response_deserializer") or (lambda data: data)
+        self._answers: deque[bytes] = deque()
+        self._requests: deque[bytes] = deque()
+        self._requests_end = False
+        self._answered = asyncio.Event()
+        self._requested = asyncio.Event()
+        self._status: tuple[grpc.StatusCode, str] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.network.calls += 1
+        self.number = self.network.calls
+        self.connection.calls[self] = None
+
+    # The site's side
+
+    def open(self, request: Any) -> None:
+        """Begins the call. request: the one request, or None where a stream follows."""
+        data = None if request is None else self._serialise(request)
+        if data is not None:
+            self._leaves(data)
+        self.connection.transmit(self, True, lambda: self._begin(data))
+        if not self.connection.client_open:
+            self.ended(grpc.StatusCode.UNAVAILABLE, "the channel is closed")
+        self.network.loop.call_later(CONNECT_S, self._not_connected)
+
+    async def write(self, message: Any) -> None:
+        """Sends one message. Raises asyncio.InvalidStateError once the call has ended, as grpc.aio does."""
+        if self._status is not None:
+            raise asyncio.InvalidStateError("the call has ended")
+        data = self._serialise(message)
+        self._leaves(data)
+        data = self._on_the_way(data)
+        self.connection.transmit(self, True, lambda: self._request(data))
+        await asyncio.sleep(0)
+
+    async def done_writing(self) -> None:
+        """Ends the stream of requests."""
+        self.connection.transmit(self, True, self._end_requests)
+        await asyncio.sleep(0)
+
+    async def read(self) -> Any:
+        """The next answer, or grpc.aio.EOF. Raises AioRpcError where the call failed."""
+        while not self._answers and self._status is None:
+            self._answered.clear()
+            await self._answered.wait()
+        if self._answers:
+            return self._parse(self._answers.popleft())
+        assert self._status is not None
+        code, details = self._status
+        if code is grpc.StatusCode.OK:
+            return grpc.aio.EOF
+        raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+
+    def cancel(self) -> None:
+        """Gives the call up."""
+        if self._status is None:
+            self.ended(grpc.StatusCode.CANCELLED, "the site gave up")
+            self.connection.transmit(self, True, self.cancel_handler)
+
+    async def code(self) -> grpc.StatusCode:
+        """How the call ended."""
+        return (await self._end())[0]
+
+    async def details(self) -> str:
+        """How the call ended, in words."""
+        return (await self._end())[1]
+
+    async def _end(self) -> tuple[grpc.StatusCode, str]:
+        while self._status is None:
+            self._answered.clear()
+            await self._answered.wait()
+        return self._status
+
+    def ended(self, code: grpc.StatusCode, details: str) -> None:
+        """The call has ended for the site."""
+        if self._status is None:
+            self._status = (code, details)
+        self._answered.set()
+        if self._task is None or self._task.done():
+            self.connection.calls.pop(self, None)
+
+    def _leaves(self, data: bytes) -> None:
+        """Bytes go out, past the points at which the site may die."""
+        process, network = self.connection.client, self.network
+        process.point(f"before a send of {self.method}")
+        network.observer.site_sends(process.name, self.method, self.number, data)
+        if network.drawn(network.weather.cut, "messages lost with their connection"):
+            network.cut(self.connection)
+        network.loop.call_soon(self._after_sending)
+
+    def _on_the_way(self, data: bytes) -> bytes:
+        """What becomes of a chunk's bytes."""
+        if self.method in CHUNKED and data[:1] == DATA_FIELD and self.network.drawn(self.network.weather.corrupted, "chunks corrupted"):
+            return data[:-1] + bytes([data[-1] ^ 0x10])
+        return data
+
+    def _after_sending(self) -> None:
+        try:
+            self.connection.client.point(f"after a send of {self.method}")
+        except ProcessDied:
+            pass
+
+    def _not_connected(self) -> None:
+        if self.connection.serving is None and self._status is None:
+            self.connection.break_client("failed to connect")
+
+    # The coordinator's side
+
+    def _begin(self, data: bytes | None) -> None:
+        server = self.network.server
+        if server is None or (self.connection.serving is not None and self.connection.serving is not server.process):
+            self.connection.server_open = False
+            self.connection.transmit(self, False, lambda: self.connection.break_client("connection refused"))
+            return
+        self.connection.serving = server.process
+        if data is not None:
+            self._request(data)
+            self._end_requests()
+        self._task = server.process.start(self._serve(server.methods[self.method], server.process), name=f"serve {self.method}")
+        self._task.add_done_callback(lambda _: self.connection.calls.pop(self, None) if self._status is not None else None)
+
+    def _request(self, data: bytes) -> None:
+        self._requests.append(data)
+        self._requested.set()
+
+    def _end_requests(self) -> None:
+        self._requests_end = True
+        self._requested.set()
+
+    def cancel_handler(self) -> None:
+        """The caller is gone: grpc.aio cancels what runs for it."""
+        if self._task is not None and not self._task.done():
+            self.network.faults["handlers cancelled"] += self._task.cancel()
+
+    async def _serve(self, handler: Any, process: Process) -> None:
+        context = Context(self.connection.client.name)
+        try:
+            if handler.response_streaming:
+                method = handler.stream_stream if handler.request_streaming else handler.unary_stream
+                asked = self._iterate(handler) if handler.request_streaming else await self._one(handler)
+                async for answer in method(asked, context):
+                    self._answer(handler, process, answer)
+            else:
+                self._answer(handler, process, await handler.unary_unary(await self._one(handler), context))
+            self._finish(process, grpc.StatusCode.OK, "")
+        except grpc.aio.AbortError:
+            self._finish(process, context.code, context.details)
+        except (ProcessDied, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            self.network.observer.fail("handler", f"{self.method} raised {error!r}")
+            self._finish(process, grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}")
+
+    async def _one(self, handler: Any) -> Any:
+        return await anext(self._iterate(handler))
+
+    async def _iterate(self, handler: Any) -> AsyncIterator[Any]:
+        parse = handler.request_deserializer or (lambda data: data)
+        while True:
+            while not self._requests and not self._requests_end:
+                self._requested.clear()
+                await self._requested.wait()
+            if not self._requests:
+                return
+            yield parse(self._requests.popleft())
+
+    def _answer(self, handler: Any, process: Process, answer: Any) -> None:
+        data = answer if handler.response_serializer is None else handler.response_serializer(answer)
+        if self.network.twister is not None:
+            data = self.network.twister.twist(self.connection.client.name, self.method, data)
+        process.point(f"before an answer to {self.method}")
+        self.network.observer.coordinator_sends(self.connection.client.name, self.method, self.number, data, False)
+        if self.network.drawn(self.network.weather.cut, "answers lost with their connection"):
+            self.network.cut(self.connection)
+        arrives = self._on_the_way(data)
+        self.connection.transmit(self, False, lambda: self._answer_arrives(arrives))
+        process.point(f"after an answer to {self.method}")
+
+    def _answer_arrives(self, data: bytes) -> None:
+        self._answers.append(data)
+        self._answered.set()
+
+    def _finish(self, process: Process, code: grpc.StatusCode, details: str) -> None:
+        if process.alive:
+            ok = code is grpc.StatusCode.OK
+            self.network.observer.coordinator_sends(self.connection.client.name, self.method, self.number, b"", ok)
+            self.connection.transmit(self, False, lambda: self.ended(code, details))
+
+
+class UnaryCall(Call):
+    """A call with one answer: awaited."""
+
+    def __init__(self, channel: Channel, method: str, how: dict[str, Any], request: Any, timeout_s: float | None) -> None:
+        super().__init__(channel, method, how)
+        self._timeout_s = timeout_s
+        network = self.network
+        if network.drawn(network.weather.vanished, "requests vanished"):
+            self._leaves(self._serialise(request))
+            return  # a middlebox swallowed it
+        self.open(request)
+        if method == SUBMIT and network.drawn(network.weather.doubled, "requests doubled"):
+            again = Doubled(channel, method, how, request)
+            network.loop.call_later(DOUBLED_S * network.random.random() ** 3, again.come)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._answer_in_time().__await__()
+
+    async def _answer_in_time(self) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self.read()
+                await self._end()
+        except TimeoutError:
+            self.cancel()
+            raise _failed(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        code, details = await self._end()
+        if code is not grpc.StatusCode.OK:
+            raise _failed(code, details)
+        return answer
+
+
+class Doubled:
+    """A copy of a request that comes again, whatever has become of its caller; nobody waits for the answer."""
+
+    def __init__(self, channel: Channel, method: str, how: dict[str, Any], request: Any) -> None:
+        self._channel = channel
+        self._method = method
+        self._site = CURRENT.get()
+        self._data = how["request_serializer"](request)
+
+    def come(self) -> None:
+        """It arrives at whatever coordinator is there now."""
+        server = self._channel.network.server
+        if server is None:
+            return
+        handler, site = server.methods[self._method], self._site
+        assert site is not None
+
+        async def carry_out() -> None:
+            try:
+                await handler.unary_unary(handler.request_deserializer(self._data), Context(site.name))
+            except grpc.aio.AbortError:
+                pass
+
+        server.process.start(carry_out(), name=f"again {self._method}")
+
+
+class Context:
+    """A servicer's context: who calls, and how the call is refused."""
+
+    def __init__(self, site: str) -> None:
+        self.caller = Peer(PeerName(FEDERATION, Role.SITE, site), 1, NOT_AFTER)
+        self.code = grpc.StatusCode.OK
+        self.details = ""
+
+    def peer(self) -> str:
+        """The caller's address."""
+        return f"simulated:{self.caller.name.name}"
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
+        """Ends the call with a status."""
+        self.code, self.details = code, details
+        raise grpc.aio.AbortError
+
+
+def _failed(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
