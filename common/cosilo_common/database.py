@@ -10,6 +10,7 @@ process wrote first. So transactions must be short, and one thread never opens a
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,21 @@ def reading(engine: Engine) -> Iterator[Connection]:
     """A read-only transaction over one snapshot, which never waits for a writer nor makes one wait."""
     with engine.connect().execution_options(**{_BEGIN_OPTION: "DEFERRED"}) as connection, connection.begin():
         yield connection
+
+
+def forget_deleted(engine: Engine) -> None:
+    """Empties the write-ahead log, so that no copy of a deleted row is left: `secure_delete` has zeroed it in the file itself.
+
+    For rows whose bytes should not outlive them. Best effort: where another connection is in the way, the next call does it. Not within a
+    transaction of this thread.
+    """
+    connection = engine.raw_connection()
+    try:
+        connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+    except sqlite3.OperationalError:
+        pass  # busy, or the disk is full: what was deleted stays deleted, and its copies go with the next round's
+    finally:
+        connection.close()
 
 
 def prepare_schema(engine: Engine, tables: MetaData, version: int) -> None:

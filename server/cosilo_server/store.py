@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 
-from cosilo_common.database import open_database, prepare_schema, reading
+from cosilo_common.database import forget_deleted, open_database, prepare_schema, reading
 from cosilo_common.manifest import Manifest, parse_manifest
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_server import schema
@@ -98,6 +98,7 @@ class Store:
     def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
         self._engine = open_database(path, synchronous="FULL")
         prepare_schema(self._engine, schema.metadata, schema.SCHEMA_VERSION)
+        forget_deleted(self._engine)  # of a round that ended just before a crash
         self._now = now
         self._manifests: dict[bytes, Manifest] = {}
         self._enrolled_keys: dict[bytes, frozenset[tuple[str, str, bytes]]] = {}
@@ -191,7 +192,7 @@ class Store:
             self._add_event(db, state, "started", "")
 
     def save_round(self, state: Round, what: str, site: str = "") -> None:
-        """Stores a moved round, the new messages in it, and what moved it."""
+        """Stores a moved round, the new messages in it, and what moved it. One that ended keeps none: what sites revealed is gone (R7)."""
         document, blobs = dump(state)
         with self._engine.begin() as db:
             if state.phase in ENDED:
@@ -203,6 +204,8 @@ class Store:
             where = _at(schema.rounds, state.run, state.number)
             db.execute(update(schema.rounds).where(*where).values(state=document, phase=state.phase))
             self._add_event(db, state, what, site)
+        if state.phase in ENDED:
+            forget_deleted(self._engine)
 
     def close_round(self, state: Round, outcome: str, checkpoint: StoredCheckpoint | None) -> None:
         """In one transaction: the round closes, its outcome stands, its checkpoint is the newest, and its order has one round less to go."""
@@ -221,6 +224,7 @@ class Store:
             )
             db.execute(update(o).where(o.c.id == oldest).values(closed=o.c.closed + 1))
             self._add_event(db, state, "closed", "")
+        forget_deleted(self._engine)
 
     def add_bytes(self, run: bytes, number: int, down: int, up: int) -> None:
         """Adds to what a round transferred."""

@@ -345,7 +345,9 @@ def _probe(site: Machine) -> dict[str, object]:
     """Runs the probe as a unit of its own, which is the site's own in everything but its command."""
     site.put(Path(__file__).with_name("systemd_probe.py"), "/opt/systemd_probe.py")
     # The driver's numbers, without a driver: a device that may be opened answers ENXIO, one that may not EPERM.
-    site.shell("for node in 'nvidiactl 255' 'nvidia0 0' 'other 77'; do mknod -m 666 /dev/${node% *} c 195 ${node#* }; done; mkdir -p /home/somebody")
+    site.shell(
+        "for node in 'nvidiactl 255' 'nvidia0 0' 'other 77'; do mknod -m 666 /dev/${node% *} c 195 ${node#* }; done; mkdir -p /home/somebody"
+    )
     unit = site.run("cat", f"/etc/systemd/system/{SITE}.service")
     command = f"ExecStart=/opt/{SITE}/current/bin/python /opt/systemd_probe.py /var/lib/{SITE} /srv/images"
     unit = re.sub(r"(?m)^ExecStart=.*$", command, unit)

@@ -35,9 +35,7 @@ class Surroundings:
         self._log = root / "commands.log"
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         self._daemons: list[Daemon] = []
-        self._split = dict(
-            zip((*COMPANIONS, HOSPITAL), dirichlet_label_skew(digit_labels(), 4, alpha=0.5, least=200, seed=1), strict=True)
-        )
+        self._split = dict(zip((*COMPANIONS, HOSPITAL), dirichlet_label_skew(digit_labels(), 4, alpha=0.5, least=200, seed=1), strict=True))
         run_command(
             [_script("cosilo"), "init", str(self.founded), "--federation", "e2e", "--address", f"{coordinator}:7443"],
             self._log,

@@ -50,7 +50,14 @@ class Engine:
             raise CheckFailed("dockerd is not installed: run tests/e2e/prepare systemd")
         options = {"data-root": "data", "exec-root": "exec", "pidfile": "docker.pid"}
         command = [dockerd, *(f"--{name}={self.root / path}" for name, path in options.items()), f"--host=unix://{self._socket}"]
-        command += ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--userland-proxy=false"]
+        command += [
+            "--bridge=none",
+            "--iptables=false",
+            "--ip6tables=false",
+            "--ip-forward=false",
+            "--ip-masq=false",
+            "--userland-proxy=false",
+        ]
         self._daemon = Daemon("dockerd", command, self.root / "dockerd.log", self._environment)
         self.subnet = _free_subnet()
         self._containers: list[str] = []
@@ -184,8 +191,7 @@ class Machine:
 
 def _free_subnet() -> IPv4Network:
     taken = [
-        ip_address(bytes.fromhex(line.split()[1])[::-1])
-        for line in Path("/proc/net/route").read_text(encoding="ascii").splitlines()[1:]
+        ip_address(bytes.fromhex(line.split()[1])[::-1]) for line in Path("/proc/net/route").read_text(encoding="ascii").splitlines()[1:]
     ]
     return next(subnet for subnet in SUBNETS if not any(route in subnet for route in taken))
 

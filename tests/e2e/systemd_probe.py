@@ -38,15 +38,17 @@ def main(state: Path, data: Path) -> None:
         json.dumps(
             {
                 "user": os.getuid(),
-                "capabilities": next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff")),
+                "capabilities": next(
+                    line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff")
+                ),
                 "read an image": attempt(image.read_bytes),
                 "write beside it": attempt(lambda: (data / "new").write_bytes(b"")),
                 "overwrite it": attempt(lambda: image.write_bytes(b"")),
                 "write its state": attempt(lambda: (state / "probe").write_bytes(b"")),
                 "write /etc": attempt(lambda: Path("/etc/cosilo/new").write_bytes(b"")),
                 "write the program": attempt(lambda: (Path(sys.executable).parent / "new").write_bytes(b"")),
-                "entries of /home": len(os.listdir("/home")),
-                "processes seen": sorted(int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()),
+                "entries of /home": len(list(Path("/home").iterdir())),
+                "processes seen": sorted({int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()} - {os.getpid()}),
                 "open the GPU's control device": attempt(lambda: os.close(os.open("/dev/nvidiactl", os.O_RDWR))),
                 "open the GPU": attempt(lambda: os.close(os.open("/dev/nvidia0", os.O_RDWR))),
                 "open another device": attempt(lambda: os.close(os.open("/dev/other", os.O_RDWR))),

@@ -51,14 +51,17 @@ class WatchedStore(Store):
         self.watch = watch
 
     def begin_round(self, state: Round) -> None:
+        self.watch.saving(state)
         super().begin_round(state)
         self.watch.saved(state)
 
     def save_round(self, state: Round, what: str, site: str = "") -> None:
+        self.watch.saving(state)
         super().save_round(state, what, site)
         self.watch.saved(state)
 
     def close_round(self, state: Round, outcome: str, checkpoint: StoredCheckpoint | None) -> None:
+        self.watch.saving(state)
         super().close_round(state, outcome, checkpoint)
         self.watch.saved(state)
 
@@ -161,6 +164,9 @@ class CoordinatorParty:
     async def _serve(self, process: Process) -> None:
         now = lambda: EPOCH_S + self._loop.time()  # noqa: E731
         self.store = store = WatchedStore(self._root / "state.db", now, self.watch)
+        for run in self.watch.manifests:
+            if (newest := store.newest_round(run)) is not None:
+                self.watch.reopened(newest.state)
         artifacts, spool = Artifacts(self._root / "artifacts"), Spool(self._root / "spool")
         metrics = CoordinatorMetrics()
         closer = WatchedCloser(store, artifacts, spool, now)

@@ -61,6 +61,7 @@ class Watch:
     manifests: dict[bytes, Manifest] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     committed: dict[bytes, Round] = field(default_factory=dict)
+    pending: dict[bytes, Round] = field(default_factory=dict)
     sums: Sums | None = None
     _unique: dict[tuple[object, ...], bytes] = field(default_factory=dict)
     _round_of: dict[tuple[str, bytes], int] = field(default_factory=dict)
@@ -226,6 +227,17 @@ class Watch:
             self._survivors(owed.run, owed.round, tuple(owed.survivors))
 
     # What the coordinator holds
+
+    def saving(self, state: Round) -> None:
+        """A round is about to be committed: a process that dies in between may have done it or not."""
+        self.pending[state.run] = state
+
+    def reopened(self, state: Round) -> None:
+        """A coordinator came back and found this: what was committed, or what was about to be."""
+        if not any(found and _same(_durable(state), _durable(found)) for found in (self.committed.get(state.run), self.pending.get(state.run))):
+            self.fail("persist", f"round {state.number} comes back as {state.phase}, not as {_phase(self.committed.get(state.run))}")
+        if not _same(_durable(state), self.committed.get(state.run)):
+            self.saved(state)
 
     def saved(self, state: Round) -> None:
         """A round was committed."""

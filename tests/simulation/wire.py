@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
+from sqlalchemy.exc import OperationalError
 
 from cosilo_common.framing import DATA_FIELD
 from cosilo_common.identity.names import Peer, PeerName, Role
@@ -470,6 +471,9 @@ class Call:
         except (ProcessDied, asyncio.CancelledError):
             raise
         except Exception as error:
+            if isinstance(error, OperationalError) and process.disk.full:
+                self.network.faults["calls failed by a full disk"] += 1
+                return self._finish(process, grpc.StatusCode.UNKNOWN, "the store cannot be written")
             self.network.observer.fail("handler", f"{self.method} raised {error!r}")
             self._finish(process, grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}")
 

@@ -47,7 +47,8 @@ SETTLE_S = 70.0  # after the last round: sites hear of its end, and clean up
 LOOK_S = 2.0
 DOWNTIME_S = (0.1, 20.0)
 AWAY_S = 300.0
-UNEXPECTED = ("failed unexpectedly", "conductor task failed", "session failed unexpectedly", "run does not move")
+UNEXPECTED = ("failed unexpectedly", "conductor task failed", "session failed unexpectedly")
+UNEXPECTED_TRACES = ("run does not move",)  # an error in words is for the disk to cause
 
 
 @dataclass
@@ -552,7 +553,8 @@ def _listening(world: World) -> Iterator[None]:
 
     def hear(_logger: object, method: str, event: dict[str, Any]) -> str:
         process = CURRENT.get()
-        if method in ("exception", "error") and str(event["event"]) in UNEXPECTED and (process is None or process.alive):
+        alive = process is None or process.alive
+        if alive and (str(event["event"]) in UNEXPECTED or (method == "exception" and str(event["event"]) in UNEXPECTED_TRACES)):
             world.watch.fail("exception", f"{process.name if process else '?'}: {_in_words(event)}")
         if world._tell is not None and process is not None and process.alive:
             world._tell(f"{world.loop.time():12.4f}     {process.name}: {_in_words(event)}")

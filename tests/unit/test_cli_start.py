@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,13 +54,16 @@ def test_help_loads_neither_torch_nor_grpc() -> None:
     assert done.stdout.startswith("Usage: cosilo ")
 
 
-def test_help_answers_in_under_half_a_second() -> None:
-    def once() -> float:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cosilo_server.cli.main", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - began
+def test_help_costs_less_than_half_a_second_of_processor_time() -> None:
+    """Of processor time, which a busy machine does not lengthen; alone on a machine that is the time a person waits."""
 
-    assert min(once() for _ in range(3)) < HELP_SECONDS_MAX  # the best of three: the machine may be busy, the program may not
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    subprocess.run([sys.executable, "-m", "cosilo_server.cli.main", "--help"], capture_output=True, check=True)
+    assert spent() - before < HELP_SECONDS_MAX
 
 
 @pytest.mark.parametrize("command", COMMANDS)
