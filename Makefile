@@ -15,12 +15,13 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 PIP_ARGS ?=
+SIM_ARGS ?=
 
 # Five processes share the machine in a test or a demo; one thread each beats several that wait for each other.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check proto bench clean
+.PHONY: help setup demo test check proto bench simulate clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +58,9 @@ proto: $(STAMP) ## Generate common/cosilo_common/rpc from proto/
 
 bench: $(STAMP) ## Measure masking and opening: seconds and peak memory
 	$(BIN)/python bench/secagg.py $(BENCH_ARGS)
+
+simulate: $(STAMP) ## Simulate federations by seed for ten minutes, with faults; SIM_ARGS="--seed N" replays one
+	$(BIN)/python -m tests.simulation $(SIM_ARGS)
 
 clean: ## Remove .venv, caches and what the demo and the benches left
 	rm -rf $(VENV) demo-out bench-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

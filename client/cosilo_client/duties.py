@@ -80,6 +80,9 @@ class Duties:
         self._role: SiteRole | None = None
         self._start: Start | None = None
         self._checked: dict[tuple[RoundKind, bytes, int], Encoding] = {}  # the one encoding of the round
+        self._looked_at: tuple[int, bool] | None = (
+            None  # round, and whether it is over, for which the ledger has nothing to forget any more
+        )
 
     async def perform(self, owed: Owed) -> bool:
         """Does one piece of what is owed; AGAIN where more follows from the newest assignment, DONE where not.
@@ -151,9 +154,12 @@ class Duties:
 
     async def _end(self, owed: Owed) -> bool:
         """Forgets the round, and any earlier one (R7)."""
+        if self._looked_at == (owed.round, True):
+            return DONE
         outcome = RoundState.CLOSED if owed.phase is Phase.CLOSED else RoundState.ABANDONED
         entry = await in_thread(self._site.journal.ledger.last_round, self._run)
         if entry is None or entry.state is not RoundState.OPEN or entry.round > owed.round:
+            self._looked_at = (owed.round, True)
             return DONE
         if entry.round < owed.round:
             outcome, reason = RoundState.ABANDONED, f"round {owed.round} went on without this site"
@@ -166,10 +172,13 @@ class Duties:
 
     async def _leave_earlier(self, owed: Owed) -> None:
         """Forgets an earlier round as soon as a later one is heard of, whether this site is in it or not (R7)."""
+        if self._looked_at == (owed.round, False):
+            return
         entry = await in_thread(self._site.journal.ledger.last_round, self._run)
         if entry is not None and entry.state is RoundState.OPEN and entry.round < owed.round:
             self._role = self._start = None
             await self._call(self._site.journal.finish, entry, RoundState.ABANDONED, f"round {owed.round} began")
+        self._looked_at = (owed.round, False)
 
     # What stands before them
 

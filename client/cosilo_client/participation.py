@@ -12,6 +12,8 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from sqlalchemy.exc import DatabaseError
+
 from cosilo_client.coordinator import Refused, Unreachable
 from cosilo_client.duties import Duties, Site, Unwilling
 from cosilo_client.owed import Activity, Decline, DeclineCode, Owed, Phase, Progress
@@ -143,6 +145,9 @@ class RunWork:
         except (CosiloError, OSError) as error:
             self._give_up(owed, code_of(error), str(error), (owed.round,))
             return None
+        except DatabaseError as error:  # the disk is full, most likely: the journal is as it was, and the same is tried again
+            self._decline(owed, DeclineCode.DISK, f"the journal cannot be written: {error.orig}")
+            return RETRY_S
         except Exception as error:  # a fault of this program must not end the daemon; its trace is in the log
             log.exception("failed unexpectedly", round=owed.label, phase=owed.phase.name)
             self._unexpected += 1

@@ -24,7 +24,7 @@ from cosilo_client.config import NetworkTable
 from cosilo_client.coordinator import OnBytes, Refused, SignedRun, Unreachable, UploadHeader
 from cosilo_client.metrics import SiteMetrics
 from cosilo_client.owed import Decline, Owed, Progress
-from cosilo_client.threads import in_thread
+from cosilo_client.threads import in_thread, opened_in_thread
 from cosilo_client.transport import AttendCall, Transport, failure, failure_of
 from cosilo_client.wire import RUNS_MAX, hello, owed_from, statement_to
 from cosilo_common.errors import CosiloError
@@ -112,16 +112,14 @@ class Session:
             if found is not None:
                 return found
         for left in reversed(range(CORRUPT_MAX)):
-            sink = await in_thread(self._cache.sink, owed.base_digest, owed.base_bytes)
-            try:
-                await self._retrying(lambda to, s=sink: to.fetch(owed.base_digest, s, on_bytes), lambda s=sink: s.offset)  # type: ignore[misc]  # mypy cannot type a lambda's default
-                return await in_thread(sink.finish)
-            except TransferError as error:
-                if error.refusal is not Refusal.DIGEST or not left:
-                    raise
-                log.warning("fetched weights are corrupt: fetching them again", digest=owed.base_digest.hex()[:12])
-            finally:
-                sink.close()
+            async with opened_in_thread(self._cache.sink, owed.base_digest, owed.base_bytes) as sink:
+                try:
+                    await self._retrying(lambda to, s=sink: to.fetch(owed.base_digest, s, on_bytes), lambda s=sink: s.offset)  # type: ignore[misc]  # mypy cannot type a lambda's default
+                    return await in_thread(sink.finish)
+                except TransferError as error:
+                    if error.refusal is not Refusal.DIGEST or not left:
+                        raise
+                    log.warning("fetched weights are corrupt: fetching them again", digest=owed.base_digest.hex()[:12])
         raise AssertionError("the last pass returns or raises")
 
     async def put(self, header: UploadHeader, spool: Path, on_bytes: OnBytes) -> None:
@@ -133,7 +131,7 @@ class Session:
             moved = max(moved, offset)
             on_bytes(offset)
 
-        with await in_thread(FileSource, spool) as source:
+        async with opened_in_thread(FileSource, spool) as source:
             await self._retrying(lambda to: to.put(header, source, note), lambda: moved)
 
     async def submit(self, message: bytes) -> None:

@@ -101,6 +101,7 @@ class Store:
         forget_deleted(self._engine)  # of a round that ended just before a crash
         self._now = now
         self._manifests: dict[bytes, Manifest] = {}
+        self._messages: dict[bytes, tuple[int, frozenset[bytes]]] = {}
         self._enrolled_keys: dict[bytes, frozenset[tuple[str, str, bytes]]] = {}
         with reading(self._engine) as db:
             for row in db.execute(select(schema.enrolments)).mappings():
@@ -198,14 +199,21 @@ class Store:
             if state.phase in ENDED:
                 db.execute(delete(schema.messages).where(*_at(schema.messages, state.run, state.number)))
             else:
-                for digest, message in blobs.items():
-                    row = {"run": state.run, "number": state.number, "digest": digest, "message": message}
-                    db.execute(insert(schema.messages).values(row).on_conflict_do_nothing())
+                stored = self._messages_of(state)
+                rows = [{"run": state.run, "number": state.number, "digest": d, "message": m} for d, m in blobs.items() if d not in stored]
+                if rows:
+                    db.execute(insert(schema.messages).on_conflict_do_nothing(), rows)
             where = _at(schema.rounds, state.run, state.number)
             db.execute(update(schema.rounds).where(*where).values(state=document, phase=state.phase))
             self._add_event(db, state, what, site)
+        self._messages[state.run] = (state.number, frozenset(blobs))
         if state.phase in ENDED:
             forget_deleted(self._engine)
+
+    def _messages_of(self, state: Round) -> frozenset[bytes]:
+        """Digests of a round's messages that this process has stored: they are many, and one is new at a time."""
+        number, digests = self._messages.get(state.run, (0, frozenset()))
+        return digests if number == state.number else frozenset()
 
     def close_round(self, state: Round, outcome: str, checkpoint: StoredCheckpoint | None) -> None:
         """In one transaction: the round closes, its outcome stands, its checkpoint is the newest, and its order has one round less to go."""

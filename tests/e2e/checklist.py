@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from tests.federation.processes import FederationError
+
 Found = TypeVar("Found")
 
 POLL_S = 0.3  # beside seconds; each look may start a process
@@ -65,7 +67,7 @@ def run(title: str, test: Callable[[Checklist], None]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        print(f"\n{error}" if isinstance(error, CheckFailed) else traceback.format_exc(), file=sys.stderr, flush=True)
+        print(f"\n{error}" if isinstance(error, CheckFailed | FederationError) else traceback.format_exc(), file=sys.stderr, flush=True)
         checklist.failed = max(1, checklist.failed)
     finally:
         checklist.close()

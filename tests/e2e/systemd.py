@@ -34,6 +34,7 @@ READY_S = 90.0  # after a start on a machine that does other things too
 QUICK_STEPS, SLOW_STEPS = 4, 300  # a tenth of a second; and long enough to do something to a site meanwhile
 EVERYBODY = sorted((*COMPANIONS, HOSPITAL))
 BUILD_S = 900.0
+OWN_PROCESSES = f"find /proc -maxdepth 1 -name '[0-9]*' -user {SITE} -printf '%f '"
 
 
 class Stage:
@@ -109,7 +110,12 @@ def _test(checks: Checklist) -> None:
                 step(stage)
         finally:
             if around is not None:
-                around.close()
+                with checks.check("the other sites end in order"):
+                    around.close()
+            with checks.check("nothing of it is left on this machine: containers, network, mounts, groups, files"):
+                engine.close()
+                left = engine.leftovers()
+                expect(not left, f"left: {left}")
 
 
 # --- the steps, in order ---
@@ -131,7 +137,7 @@ def install(stage: Stage) -> None:
         )
         said = site.refused(*installer, "--wheelhouse", "/root/bad")
         expect("DO NOT MATCH THE HASHES" in said and "pip refused" in said, f"a wrong wheel was taken: {said}")
-        expect(not site.shell("find /opt/cosilo-site -name cosilo-site").strip(), "something of the wrong wheelhouse stayed")
+        expect(not site.shell("find /opt/cosilo-site -mindepth 1").strip(), "something of the wrong wheelhouse stayed")
     with checks.check(f"install-site and install-coordinator, offline; {count} images at the site"):
         began_s = time.monotonic()
         coordinator.put(around.founded / "coordinator", "/root/founded")
@@ -143,8 +149,13 @@ def install(stage: Stage) -> None:
         expect("cosilo-site enrol - < INVITATION" in said, f"it does not say what to do next: {said}")
         checks.figure("installing both at once", f"{time.monotonic() - began_s:.0f} s")
     with checks.check("an installer run again changes nothing, and a person's configuration stays"):
-        site.shell("sed -i 's/^backoff_max_s = .*/backoff_max_s = 3/' /etc/cosilo/site.toml")
-        tree = "find /opt/cosilo-site /etc/cosilo /etc/systemd/system/cosilo-site.service.d -type f -exec sha256sum {} + | sort | sha256sum"
+        digits = ", ".join(f'"{digit}"' for digit in range(10))  # this site lacks some of them
+        site.shell(
+            f"sed -i -e 's/^backoff_max_s = .*/backoff_max_s = 3/' -e 's/^# classes = .*/classes = [{digits}]/' /etc/cosilo/site.toml"
+        )
+        program = "find /opt/cosilo-site -type f -printf '%p %T@ %s\\n'"
+        settings = "find /etc/cosilo /etc/systemd/system /usr/local/bin -type f -exec sha256sum {} +"
+        tree = f"({program}; {settings}) | sort | sha256sum"
         before = site.shell(tree)
         expect("is there already" in site.run(*installer), "it installed again")
         expect(site.shell(tree) == before, "files changed")
@@ -268,7 +279,7 @@ def stop(stage: Stage) -> None:
         checks.figure("site, graceful stop in training", f"{time.monotonic() - stopped_s:.1f} s")
         ended = site.unit(SITE, "Result", "ExecMainCode", "ExecMainStatus", "ActiveState")
         expect(ended == {"Result": "success", "ExecMainCode": "1", "ExecMainStatus": "0", "ActiveState": "inactive"}, str(ended))
-        expect("pgrep: none" in site.shell("pgrep -u cosilo-site || echo pgrep: none"), "a process of it is left")
+        expect(not site.shell(OWN_PROCESSES).split(), "a process of it is left")
         stage.wait_connected(present=False)
         expect(
             coordinator.journal(COORDINATOR, f"COSILO_SITE={HOSPITAL}", "--output=cat", "-n", "1").startswith("site disconnected"),
@@ -366,7 +377,7 @@ def _expect_probed(site: Machine, found: dict[str, object]) -> None:
     user = int(site.run("id", "-u", SITE))
     seen = found.pop("processes seen")
     assert isinstance(seen, list)
-    daemons = set(map(int, site.run("pgrep", "-u", SITE).split()))
+    daemons = set(map(int, site.shell(OWN_PROCESSES).split()))
     expect(set(seen) <= daemons, f"it sees processes of others: {seen}")
     expected = {
         "user": user,

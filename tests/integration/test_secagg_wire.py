@@ -25,7 +25,6 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
 
-import cosilo_server.coordinator
 from cosilo_common.encoding import Encoding, Section
 from cosilo_common.identity.names import peer_from_certificate
 from cosilo_common.manifest import Manifest, parse_manifest
@@ -215,7 +214,7 @@ class Recorded:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     recorder, build = Recorder(), grpc.aio.server
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cosilo_server.coordinator.grpc.aio, "server", lambda **more: build(interceptors=[recorder], **more))
+        patch.setattr(grpc.aio, "server", lambda **more: build(interceptors=[recorder], **more))
         with ListeningFederation(tmp_path_factory.mktemp("wire"), recorder) as federation:
             federation.start()
             first, second = (

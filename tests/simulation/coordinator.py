@@ -215,10 +215,14 @@ class CoordinatorParty:
             self.store.engine.dispose()
         self.conductor = self.store = None
 
+    def lose_power(self) -> None:
+        """A power cut."""
+        self.disk.lose_power()
+
     @property
     def root(self) -> Path:
+        """Its data folder."""
         return self._root
-
 
 
 def _no_authority() -> Any:

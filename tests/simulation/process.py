@@ -22,7 +22,7 @@ REAP_ROUNDS_MAX = 10_000  # cancellations of a dead process's tasks before one o
 CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("simulated process", default=None)
 
 
-class ProcessDied(BaseException):  # noqa: N818 - not an error of the code that it passes through, and not to be caught by `except Exception`
+class ProcessDied(BaseException):
     """Raised in a process at the point where it is killed, and at every effect it tries after that."""
 
 

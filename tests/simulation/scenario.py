@@ -80,7 +80,7 @@ FAULTS = {
 
 def scenario_of(seed: int, sites: int = 0) -> Scenario:
     """The simulation that a seed gives. sites: how many, where the caller would have that rather than a drawn number."""
-    random = Random(f"scenario/{seed}")  # noqa: S311 - what happens, not what is secret
+    random = Random(f"scenario/{seed}")
     count = sites or _count(random)
     names = tuple(f"site-{number:02}" for number in range(count))
     secure = random.random() < 0.8

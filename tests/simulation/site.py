@@ -70,7 +70,7 @@ class SiteParty:
     ) -> None:
         self.name = name
         self.root = root
-        self.random = Random(f"{seed}/{name}")  # noqa: S311 - what happens, not what is secret
+        self.random = Random(f"{seed}/{name}")
         self.disk = Disk(f"{root}/", self.random)
         self.manifests = manifests
         self.policy = PolicyTable(allow_insecure_plain_sum=True)
@@ -95,20 +95,15 @@ class SiteParty:
             ledger.accept(run, manifest.canonical(), bytes(64), keys, accepted_at=ACCEPTED_AT, accepted_by="person")
             ledger._engine.dispose()
 
-    def permit(self, base_digest: bytes, rounds: int) -> None:
-        """A person looks at what R8 refuses, and allows so many rounds for the base model."""
+    def permit(self, base_digest: bytes) -> None:
+        """A person looks at what R8 refuses, and allows one round more for the base model."""
+        if self.journal is None:
+            return
         with outside():
-            ledger = open_ledger(self.root)
-            ledger.permit_model(base_digest, rounds, permitted_at=ACCEPTED_AT)
-            ledger._engine.dispose()
-
-    def uploads_for(self, base_digest: bytes) -> int:
-        """How many rounds the site has uploaded in for a base model."""
-        with outside():
-            ledger = open_ledger(self.root)
-            found = len(ledger.model_uploads(base_digest))
-            ledger._engine.dispose()
-            return found
+            ledger = self.journal.ledger  # as the command would open it: another connection to the same file
+            done = len(ledger.model_uploads(base_digest))
+            if done and done >= ledger.permitted_rounds(base_digest):
+                ledger.permit_model(base_digest, done + 1, permitted_at=ACCEPTED_AT)
 
     def entry(self, run: bytes, round_: int) -> RoundEntry | None:
         """The ledger's entry of a round."""
@@ -145,7 +140,7 @@ class SiteParty:
             metrics=metrics,
             on_snapshot=lambda snapshot: self.participation.owe(snapshot),
             on_members=lambda data: None,
-            random=Random(self.random.random()),  # noqa: S311 - jitter
+            random=Random(self.random.random()),
         )
         trainer = SimulatedTrainer(self.random, self._temper, self.manifests[0].tensor_table, self._training_starts)
         spending = Spending(self.root)
@@ -189,12 +184,16 @@ class SiteParty:
         self.process.die()
 
     async def bury(self) -> None:
-        """Waits until the dead incarnation is unwound, and puts right what no program could have changed."""
+        """Waits until the dead incarnation is unwound."""
         assert self.process is not None
         await self.process.reap()
         if self.journal is not None:
             self.journal._engine.dispose()
             self.journal = None
+
+    def lose_power(self) -> None:
+        """A power cut, and after it what no program could have changed is as it was: change times."""
+        self.disk.lose_power()
         for old, new in self.disk.renumbered.items():
             self._renumber(old, new)
         self.disk.renumbered.clear()

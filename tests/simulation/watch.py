@@ -63,6 +63,8 @@ class Watch:
     committed: dict[bytes, Round] = field(default_factory=dict)
     pending: dict[bytes, Round] = field(default_factory=dict)
     sums: Sums | None = None
+    _observed: dict[bytes, Round] = field(default_factory=dict)
+    _compared: dict[bytes, Round] = field(default_factory=dict)
     _unique: dict[tuple[object, ...], bytes] = field(default_factory=dict)
     _round_of: dict[tuple[str, bytes], int] = field(default_factory=dict)
     _calls: dict[int, Signed] = field(default_factory=dict)
@@ -234,7 +236,10 @@ class Watch:
 
     def reopened(self, state: Round) -> None:
         """A coordinator came back and found this: what was committed, or what was about to be."""
-        if not any(found and _same(_durable(state), _durable(found)) for found in (self.committed.get(state.run), self.pending.get(state.run))):
+        self._observed.pop(state.run, None)
+        if not any(
+            found and _same(_durable(state), _durable(found)) for found in (self.committed.get(state.run), self.pending.get(state.run))
+        ):
             self.fail("persist", f"round {state.number} comes back as {state.phase}, not as {_phase(self.committed.get(state.run))}")
         if not _same(_durable(state), self.committed.get(state.run)):
             self.saved(state)
@@ -255,8 +260,9 @@ class Watch:
     def observe(self, conductor: Conductor, run: bytes) -> None:
         """Nothing is under way in a run: the coordinator's memory holds what its store holds, and all that was acknowledged."""
         state = conductor.round(run)
-        if state is None:
+        if state is None or (state is self._observed.get(run) and self.committed.get(run) is self._compared.get(run)):
             return
+        self._observed[run], self._compared[run] = state, self.committed[run]
         if not _same(_durable(state), self.committed.get(run)):
             self.fail("persist", f"round {state.number} is {state.phase} in memory and {_phase(self.committed.get(run))} in the store")
         if not state.ended:

@@ -20,6 +20,7 @@ import grpc
 import grpc.aio
 from sqlalchemy.exc import OperationalError
 
+from cosilo_common.errors import CosiloError
 from cosilo_common.framing import DATA_FIELD
 from cosilo_common.identity.names import Peer, PeerName, Role
 from tests.simulation.process import CURRENT, Process, ProcessDied
@@ -471,7 +472,7 @@ class Call:
         except (ProcessDied, asyncio.CancelledError):
             raise
         except Exception as error:
-            if isinstance(error, OperationalError) and process.disk.full:
+            if isinstance(error, OperationalError | CosiloError) and process.disk.full:
                 self.network.faults["calls failed by a full disk"] += 1
                 return self._finish(process, grpc.StatusCode.UNKNOWN, "the store cannot be written")
             self.network.observer.fail("handler", f"{self.method} raised {error!r}")

@@ -94,6 +94,7 @@ def tried(federation: LocalFederation, run: str) -> Tried:
         (line,) = [line for line in table.splitlines() if line.startswith(site)]
         assert " policy " in line
     federation.wait_idle(run)
+    assert declined is not None  # what `wait_until` returns is truthy
     return Tried(run, federation.run_rounds(run, 1), declined)
 
 
@@ -181,7 +182,7 @@ def traced(federation: LocalFederation, masked: Tried) -> Traced:
     deadlines = {"sharing_s": 60.0, "uploading_s": SHORT_S}
     encoding = {"clip": TRACED_CLIP, "cap": CAP}
     run = federation.create_run(plan("traced", TRACED_SEED, participants=WILLING, f=1, encoding=encoding, deadlines=deadlines))
-    before, secrets = figures(federation), {}
+    before, secrets = figures(federation), dict[str, bytes]()
     with HeldRound(federation, run, WILLING) as held:
         for entry in held.walk():
             for site in WILLING:
@@ -266,7 +267,7 @@ def send_bad_messages(federation: LocalFederation, run: str, number: int) -> Non
             with pytest.raises(grpc.RpcError) as caught:
                 stub.Submit(site_pb2.SubmitRequest(message=message), timeout=30)
             assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-            assert caught.value.details().startswith(f"secure aggregation: {rule}: ")
+            assert str(caught.value.details()).startswith(f"secure aggregation: {rule}: ")
 
 
 def rounds_folder(federation: LocalFederation, site: str, run: str) -> Path:

@@ -87,8 +87,8 @@ class RunFile:
         """The manifest of this file.
 
         site_keys: Ed25519 public keys (32 bytes) of every site in the verified members list, by name; nonce: 16
-        random bytes. Where the file leaves them out, training.seed is drawn from the nonce, n_min is 3, or all of fewer plain-sum participants; f is a third
-        of the participants, at least 1, and 0 in plain sum. Raises CosiloError naming the key that is wrong.
+        random bytes. Where the file leaves them out, training.seed is drawn from the nonce; n_min is 3, or all of fewer plain-sum
+        participants; f is a third of the participants, at least 1, and 0 in plain sum. Raises CosiloError naming the key that is wrong.
         """
         names = sorted(site_keys) if self.participants is None else sorted(self.participants)
         strangers = [name for name in names if name not in site_keys]

@@ -144,7 +144,7 @@ def round_shape(summary: admin_pb2.RoundSummary) -> RoundShape:
         losses = {
             "heldout": _finite(summary.heldout_loss),
             "heldout_by_bucket": [_finite(loss) for loss in summary.heldout_loss_by_bucket],
-            "train": _finite(summary.train_loss),
+            "train": _finite(summary.train_loss) if kind_word(summary.kind) == "train" else None,
             "clip_ratio": _finite(summary.clip_ratio),
             "total_weight": summary.total_weight,
             "update_norm": _finite(summary.update_norm),
