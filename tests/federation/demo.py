@@ -45,7 +45,7 @@ RECIPE: dict[str, Toml] = {
     "name": "digits",
     "preset": "digits",
     "ema_decay": 0.5,
-    "training": {"local_epochs": 3, "batch_size": 32, "seed": SEED},
+    "training": {"local_epochs": 3, "batch_size": 32, "seed": 0},
     "server_optimiser": {"kind": "fedavgm", "momentum": 0.5},
     "deadlines": {"training_s": 180.0},  # nobody waits half an hour for a site that died on the same machine
 }
