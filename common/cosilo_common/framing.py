@@ -1,7 +1,7 @@
 """A chunk as the wire has it, `bytes data = 1`, written and read by hand around the raw bytes.
 
-The wire is protobuf's own; only the copies are saved: wrapping and parsing a 1 MiB chunk as a message costs up to half of a link's speed
-(bench/README.md). Must not know grpc, files, or any message but this one field.
+The wire is protobuf's own; only the copies are saved: wrapping and parsing a 1 MiB chunk as a message costs up to half of what gRPC can carry
+(docs/decisions.md). Must not know grpc, files, or any message but this one field.
 """
 
 from __future__ import annotations
