@@ -21,10 +21,10 @@ SIM_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check proto bench simulate clean
+.PHONY: help setup demo test check proto bench simulate e2e-systemd e2e-prometheus clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with everything that the other targets need
 
@@ -61,6 +61,14 @@ bench: $(STAMP) ## Measure masking and opening: seconds and peak memory
 
 simulate: $(STAMP) ## Simulate federations by seed for ten minutes, with faults; SIM_ARGS="--seed N" replays one
 	$(BIN)/python -m tests.simulation $(SIM_ARGS)
+
+e2e-systemd: $(STAMP) ## Both daemons under a real systemd: install, enrol, train, kill, hang, stop, reboot (as root; Docker)
+	tests/e2e/prepare systemd
+	$(BIN)/python -m tests.e2e.systemd
+
+e2e-prometheus: $(STAMP) ## Rules, alerts and the dashboard's queries on a real Prometheus that scrapes a federation
+	tests/e2e/prepare prometheus
+	$(BIN)/python -m tests.e2e.prometheus
 
 clean: ## Remove .venv, caches and what the demo and the benches left
 	rm -rf $(VENV) demo-out bench-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -28,6 +28,7 @@ from sqlalchemy import (
     String,
     Table,
     and_,
+    bindparam,
     event,
     insert,
     select,
@@ -133,6 +134,15 @@ for _kept, _verbs in (
 ):
     for _verb in _verbs:
         event.listen(_kept, "after_create", _refusing(_verb))
+
+
+# What every step of a round asks, made once: building such a statement takes longer than running it.
+_OF_RUN: Final = _rounds.c.run == bindparam("of_run")
+_ROUND: Final = select(_rounds).where(_OF_RUN, _rounds.c.round == bindparam("of_round"))
+_LAST_ROUND: Final = select(_rounds).where(_OF_RUN).order_by(_rounds.c.round.desc()).limit(1)
+_CONSENT: Final = select(_consents).where(_consents.c.run == bindparam("of_run"), _consents.c.round == bindparam("of_round"))
+_UPLOADED_FOR: Final = select(_uploads).where(_uploads.c.base_digest == bindparam("of_base"))
+_PERMITTED_FOR: Final = select(_permits.c.rounds).where(_permits.c.base_digest == bindparam("of_base"))
 
 
 class RoundState(StrEnum):
@@ -268,14 +278,13 @@ class Ledger:
     def last_round(self, run: bytes) -> RoundEntry | None:
         """The highest round of a run that this site began, or None."""
         with reading(self._engine) as connection:
-            query = select(_rounds).where(_rounds.c.run == run).order_by(_rounds.c.round.desc()).limit(1)
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(_LAST_ROUND, {"of_run": run}).one_or_none()
             return None if row is None else _round_entry(row)
 
     def round(self, run: bytes, round_: int) -> RoundEntry | None:
         """One round, or None if this site never began it."""
         with reading(self._engine) as connection:
-            row = connection.execute(select(_rounds).where(_is_round(run, round_))).one_or_none()
+            row = connection.execute(_ROUND, {"of_run": run, "of_round": round_}).one_or_none()
             return None if row is None else _round_entry(row)
 
     def open_rounds(self) -> tuple[RoundEntry, ...]:
@@ -369,8 +378,7 @@ class Ledger:
     def consent(self, run: bytes, round_: int) -> ConsentEntry | None:
         """The round's one consent, or None."""
         with reading(self._engine) as connection:
-            query = select(_consents).where(and_(_consents.c.run == run, _consents.c.round == round_))
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(_CONSENT, {"of_run": run, "of_round": round_}).one_or_none()
             if row is None:
                 return None
             return ConsentEntry(row.attempt, tuple(row.survivors.split()), bool(row.survives), bytes(row.message))
@@ -380,7 +388,7 @@ class Ledger:
     def model_uploads(self, base_digest: bytes) -> tuple[ModelUpload, ...]:
         """The rounds, across all runs, in which this site signed an upload trained from a base model."""
         with reading(self._engine) as connection:
-            rows = connection.execute(select(_uploads).where(_uploads.c.base_digest == base_digest)).all()
+            rows = connection.execute(_UPLOADED_FOR, {"of_base": base_digest}).all()
             return tuple(ModelUpload(bytes(row.run), row.round, bytes(row.cohort)) for row in rows)
 
     def base_models(self) -> tuple[bytes, ...]:
@@ -399,8 +407,7 @@ class Ledger:
     def permitted_rounds(self, base_digest: bytes) -> int:
         """What a person allowed for a base model; 0 where nobody was asked."""
         with reading(self._engine) as connection:
-            query = select(_permits.c.rounds).where(_permits.c.base_digest == base_digest)
-            return connection.execute(query).scalar_one_or_none() or 0
+            return connection.execute(_PERMITTED_FOR, {"of_base": base_digest}).scalar_one_or_none() or 0
 
     @staticmethod
     def _accepted(connection: Connection, run: bytes) -> AcceptedRun | None:

@@ -18,7 +18,7 @@ from typing import Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import Column, Engine, Integer, LargeBinary, String, Table, and_, delete, insert, select
+from sqlalchemy import Column, Engine, Integer, LargeBinary, String, Table, bindparam, delete, insert, select
 
 from cosilo_client.durable import make_folder, shred, write_durably
 from cosilo_client.ledger import tables
@@ -41,6 +41,12 @@ _sealed = Table(
     Column("keeps", String, nullable=False),
     Column("box", LargeBinary, nullable=False),
 )
+
+
+_ROW: Final = select(_sealed.c.keeps, _sealed.c.box).where(
+    *(column == bindparam(f"of_{column.name}") for column in (_sealed.c.run, _sealed.c.round, _sealed.c.attempt, _sealed.c.name))
+)
+_OF_KEY: Final = delete(_sealed).where(_sealed.c.run == bindparam("of_run"), _sealed.c.keeps == bindparam("of_keeps"))
 
 
 class Keeps(StrEnum):
@@ -99,16 +105,8 @@ class Vault:
         go on.
         """
         with reading(self._engine) as connection:
-            row = connection.execute(
-                select(_sealed.c.keeps, _sealed.c.box).where(
-                    and_(
-                        _sealed.c.run == run,
-                        _sealed.c.round == round_,
-                        _sealed.c.attempt == attempt,
-                        _sealed.c.name == name,
-                    )
-                )
-            ).one_or_none()
+            wanted = {"of_run": run, "of_round": round_, "of_attempt": attempt, "of_name": name}
+            row = connection.execute(_ROW, wanted).one_or_none()
         if row is None:
             return None
         kept, box = Keeps(row.keeps), bytes(row.box)
@@ -131,7 +129,7 @@ class Vault:
 
     def _delete(self, run: bytes, keeps: Keeps) -> None:
         with self._engine.begin() as connection:
-            connection.execute(delete(_sealed).where(and_(_sealed.c.run == run, _sealed.c.keeps == keeps.value)))
+            connection.execute(_OF_KEY, {"of_run": run, "of_keeps": keeps.value})
 
     def _key(self, run: bytes, keeps: Keeps) -> bytes:
         path = self.key_path(run, keeps)

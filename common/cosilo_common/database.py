@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -28,6 +28,7 @@ from sqlalchemy import (
     insert,
     make_url,
     select,
+    update,
 )
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DatabaseError
@@ -113,11 +114,14 @@ def forget_deleted(engine: Engine) -> None:
         connection.close()
 
 
-def prepare_schema(engine: Engine, tables: MetaData, version: int) -> None:
+def prepare_schema(
+    engine: Engine, tables: MetaData, version: int, upgrades: Mapping[int, Callable[[Connection], None]] | None = None
+) -> None:
     """Creates `tables` in an empty database, or checks that the database's schema is `version`.
 
-    version: 1 or more, raised with each change of a table. Raises CosiloError where the database was written by a
-    newer Cosilo (its rows may mean what this one cannot know), or by an older one with no migration.
+    version: 1 or more, raised with each change of a table. upgrades: by the version that it starts from, what makes the
+    next version of a database, all in one transaction. Raises CosiloError where the database was written by a newer
+    Cosilo (its rows may mean what this one cannot know), or by an older one with no such way.
     """
     with engine.begin() as connection:
         _version_metadata.create_all(connection)
@@ -126,6 +130,10 @@ def prepare_schema(engine: Engine, tables: MetaData, version: int) -> None:
             tables.create_all(connection)
             connection.execute(insert(_schema_version).values(version=version))
             return
+        while found < version and found in (upgrades or {}):
+            (upgrades or {})[found](connection)
+            found += 1
+            connection.execute(update(_schema_version).values(version=found))
     if found > version:
         raise CosiloError(
             "open database",

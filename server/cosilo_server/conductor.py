@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy.exc import DatabaseError
@@ -45,6 +46,7 @@ from cosilo_server.spool import Spool
 from cosilo_server.store import Store, StoredCheckpoint, StoredRun, terms_of
 
 log = structlog.get_logger(__name__)
+Answer = TypeVar("Answer")
 
 TICK_S = 0.5  # deadlines are tens of seconds: half a second late is nothing, and an idle tick costs microseconds
 BACKOFF_FIRST_S = 2.0  # after an abandoned round; doubles with each further one
@@ -91,6 +93,7 @@ class Conductor:
         self._connected: dict[str, int] = {}
         self._watchers: dict[asyncio.Event, None] = {}  # in the order of their coming, so that a simulation replays
         self._tasks: set[asyncio.Task[None]] = set()
+        self._working: set[asyncio.Task[Any]] = set()  # begun for a caller who may be gone
         self.ticked_at = time.monotonic()
 
     # --- life ---
@@ -113,7 +116,7 @@ class Conductor:
         """Stops ticking and opening; what is not persisted is begun again by the next process."""
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._working, return_exceptions=True)
 
     async def adopt(self, stored: StoredRun) -> None:
         """Takes a run from the store under its conduct."""
@@ -179,7 +182,7 @@ class Conductor:
         await asyncio.to_thread(self._store.add_order, run, kind, rounds)
         record.not_before, record.note = 0.0, ""
         self.announce()
-        await self._start_next(record)
+        await self._whole(self._start_next(record))
         return newest + 1
 
     async def stop_run(self, run: bytes, abandon: bool) -> None:
@@ -208,15 +211,24 @@ class Conductor:
 
         number: the round that the event is of, where it was checked against a round that may be over by now.
         """
-        record = self._known(run)
+        return await self._whole(self._handle_in_turn(self._known(run), event, number))
+
+    # --- the shell ---
+
+    async def _whole(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Runs work to its end whoever waits for it: a call that is cancelled while the store commits would leave memory behind the store."""
+        task = asyncio.ensure_future(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        return await asyncio.shield(task)
+
+    async def _handle_in_turn(self, record: LiveRun, event: Event, number: int | None) -> str:
         async with record.lock:
             if record.round is None:
                 return "the run has had no round"
             if number is not None and number != record.round.number:
                 return f"round {number} is over; this is round {record.round.number}"
             return await self._handle(record, event)
-
-    # --- the shell ---
 
     async def _handle(self, record: LiveRun, event: Event) -> str:
         before = record.round

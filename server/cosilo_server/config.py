@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -13,6 +13,7 @@ from cosilo_common.manifest import SiteName, describe_validation
 from cosilo_common.telemetry import LogLevel
 
 HostPort = Annotated[str, StringConstraints(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
+HostName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 CONFIG_BYTES_MAX = 1 << 20
 
 
@@ -21,11 +22,17 @@ class _Section(BaseModel):
 
 
 class Listen(_Section):
-    """host:port each. Port 0 takes a free one, which endpoints.json in the data folder then names."""
+    """host:port each. Port 0 takes a free one, which endpoints.json in the data folder then names.
+
+    page: "" for none, which is the default, so that several federations share a machine; `cosilo init` writes 127.0.0.1:7480. page_hosts: names
+    by which a browser may ask for the page, beside localhost and addresses.
+    """
 
     federation: HostPort = "0.0.0.0:7443"
     enrolment: HostPort = "0.0.0.0:7444"
     metrics: HostPort = "127.0.0.1:9464"
+    page: HostPort | Literal[""] = ""
+    page_hosts: tuple[HostName, ...] = ()
 
 
 class Paths(_Section):

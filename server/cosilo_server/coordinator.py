@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ import grpc.aio
 import structlog
 import typer
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from sqlalchemy.exc import DatabaseError
 
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.certificates import CHAIN_BYTES_MAX
@@ -51,6 +52,10 @@ from cosilo_server.enrolment import EnrolmentDesk
 from cosilo_server.evaluation import Evaluation
 from cosilo_server.membership import StoredInvitations, StoredMembers
 from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.page.app import page_app
+from cosilo_server.page.board import Board
+from cosilo_server.page.feed import Feed
+from cosilo_server.page.server import PagePort
 from cosilo_server.registry import RunRegistry
 from cosilo_server.rounds.state import ENDED, Phase
 from cosilo_server.services.admin import AdminService
@@ -67,6 +72,7 @@ log = structlog.get_logger(__name__)
 RENEWAL_LOOK_S = 3600.0  # a third of a certificate's life is weeks
 PRESENCE_S = 5.0  # between looks at who is connected: a site that says nothing for hours is still seen
 STOP_GRACE_S = 5.0  # calls in flight may end; sites resume the rest
+PRESENCE_KEPT_S = 60.0  # and between writing that down, which outlives a crash
 ENROLMENTS_AT_ONCE = 8  # anybody may call that port, and each call takes one of the threads that the rounds need too
 SERVICES = ("cosilo.v1.SiteService", "cosilo.v1.AdminService")
 
@@ -143,12 +149,14 @@ class Coordinator:
         self.conductor = Conductor(self._store, self._spool, self._closer, self.metrics)
         self._authority = Authority.load(config.paths.identity)
         self._servers: list[grpc.aio.Server] = []
+        self._page: PagePort | None = None
         self._serving = False
         self.endpoints: dict[str, str] = {}
 
     async def start(self) -> None:
         """Opens the ports, resumes what was in progress, writes endpoints.json into the data folder. Raises CosiloError on a port in use."""
         config, loop = self._config, asyncio.get_running_loop()
+        self._page = PagePort(config.listen.page) if config.listen.page else None
 
         def announce() -> None:
             loop.call_soon_threadsafe(self.conductor.announce)
@@ -199,6 +207,8 @@ class Coordinator:
         self._prepare_gauges()
         self._telemetry, port = serve_telemetry(config.listen.metrics, self.metrics.registry, self.healthy, self._ready)
         self.endpoints["metrics"] = f"{split_host_port(config.listen.metrics)[0]}:{port}"
+        if self._page is not None:
+            self._serve_page(self._page, Board(summaries, self._store, self._artifacts, config.limits.free_bytes_min))
         for name in ("", *SERVICES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._serving = True
@@ -210,6 +220,8 @@ class Coordinator:
         """Stops taking calls, lets those in flight end within a grace, leaves every round resumable."""
         self._serving = False
         self._renewing.cancel()
+        if self._page is not None:
+            await self._page.close()
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
         await self.conductor.stop()
         self._telemetry.close()
@@ -226,6 +238,11 @@ class Coordinator:
         await server.start()
         self._servers.append(server)
         return f"{split_host_port(listen)[0]}:{port}"
+
+    def _serve_page(self, port: PagePort, board: Board) -> None:
+        feed = Feed(self.conductor, board.standing)
+        port.serve(page_app(board, feed, self._config.listen.page_hosts), feed)
+        self.endpoints["page"] = port.address
 
     async def _renew_for_ever(self) -> None:
         """Renews the coordinator's own certificate when it is due; new handshakes see the new one, streams that stand go on."""
@@ -276,9 +293,15 @@ class Coordinator:
 
     async def watch_presence(self) -> None:
         """Keeps "last seen" of connected sites fresh: their streams are alive by keepalive even where nobody says a word."""
+        kept, kept_at = set[str](), 0.0
         while True:
-            for site in self.conductor.connected_sites():
-                self.metrics.site_last_seen.labels(site=site).set(time.time())
+            present, now = self.conductor.connected_sites(), time.time()
+            for site in present:
+                self.metrics.site_last_seen.labels(site=site).set(now)
+            if present != kept or now - kept_at >= PRESENCE_KEPT_S:
+                with suppress(DatabaseError):  # a full disk: the next look tries again
+                    await asyncio.to_thread(self._store.sites_were_there, present | kept, now)
+                    kept, kept_at = present, now
             await asyncio.sleep(PRESENCE_S)
 
 

@@ -90,6 +90,8 @@ class RunRegistry:
             await self._evaluation.sample(manifest, self._artifacts.path(digest), path, per_class, steps, seed)
             size = path.stat().st_size
             png = await asyncio.to_thread(self._artifacts.put_file, path)
+        await asyncio.to_thread(self._store.add_grid, run, found.round, bytes.fromhex(png))
+        self._conductor.announce()
         return DrawnGrid(bytes.fromhex(png), size, found.round)
 
     def _check_participants(self, manifest: Manifest) -> None:

@@ -1,11 +1,27 @@
 """The coordinator's tables. Owns columns and their meaning; queries are in store.py.
 
-Times are UTC seconds; digests, runs and keys are raw bytes. Bump SCHEMA_VERSION with every change.
+Times are UTC seconds; digests, runs and keys are raw bytes. Bump SCHEMA_VERSION with every change, and say in UPGRADES how an older database
+becomes the new one.
 """
 
-from sqlalchemy import Column, Float, ForeignKeyConstraint, Integer, LargeBinary, MetaData, PrimaryKeyConstraint, String, Table, Text
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
-SCHEMA_VERSION = 1
+from sqlalchemy import (
+    Column,
+    Connection,
+    Float,
+    ForeignKeyConstraint,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+)
+
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -124,6 +140,18 @@ checkpoints = Table(
     ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
+# Sample grids that were drawn, by the round of their checkpoint; the pictures are artifacts.
+grids = Table(
+    "grids",
+    metadata,
+    Column("run", LargeBinary, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+    PrimaryKeyConstraint("run", "round", "digest"),
+    ForeignKeyConstraint(["run"], ["runs.run"]),
+)
+
 sites_seen = Table(
     "sites_seen",
     metadata,
@@ -133,3 +161,11 @@ sites_seen = Table(
     Column("software", String(64), nullable=False),
     Column("certificate_expires_at", Float, nullable=False),
 )
+
+
+def _add_grids(db: Connection) -> None:
+    grids.create(db)
+
+
+UPGRADES: Mapping[int, Callable[[Connection], None]] = MappingProxyType({1: _add_grids})
+"""By version: what makes the next one. Grids that were drawn before version 2 are not in the table."""

@@ -7,7 +7,7 @@ conductor calls them from its own thread. Persist, then speak: a commit here pre
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,16 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True)
+class StoredGrid:
+    """A sample grid that was drawn from a round's checkpoint. digest: of the PNG among the artifacts, 32 bytes."""
+
+    run: bytes
+    round: int
+    digest: bytes
+    created_at: float
+
+
+@dataclass(frozen=True)
 class StoredRound:
     """A round with what the machine does not know. outcome: JSON, empty until the sum is open."""
 
@@ -97,7 +107,7 @@ class Store:
 
     def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
         self._engine = open_database(path, synchronous="FULL")
-        prepare_schema(self._engine, schema.metadata, schema.SCHEMA_VERSION)
+        prepare_schema(self._engine, schema.metadata, schema.SCHEMA_VERSION, schema.UPGRADES)
         forget_deleted(self._engine)  # of a round that ended just before a crash
         self._now = now
         self._manifests: dict[bytes, Manifest] = {}
@@ -246,9 +256,9 @@ class Store:
         rounds = self._rounds(run, limit=1)
         return rounds[0] if rounds else None
 
-    def rounds(self, run: bytes) -> list[StoredRound]:
-        """A run's rounds, oldest first."""
-        return self._rounds(run, limit=None)[::-1]
+    def rounds(self, run: bytes, newest: int | None = None) -> list[StoredRound]:
+        """A run's rounds, oldest first. newest: no more than so many, the last ones."""
+        return self._rounds(run, limit=newest)[::-1]
 
     def last_training_outcome(self, run: bytes) -> str:
         """The outcome of the run's last closed training round, JSON; empty where there is none."""
@@ -265,6 +275,13 @@ class Store:
         query = select(func.count()).where(r.c.run == run, r.c.phase == "abandoned", r.c.number > last)
         with reading(self._engine) as db:
             return int(db.execute(query).scalar_one())
+
+    def last_phase(self, run: bytes, number: int) -> str:
+        """The phase in which a round stood last before it ended; empty where it is not known."""
+        e = schema.events
+        query = select(e.c.phase).where(*_at(e, run, number), e.c.phase.not_in(ENDED)).order_by(e.c.id.desc()).limit(1)
+        with reading(self._engine) as db:
+            return db.execute(query).scalar_one_or_none() or ""
 
     def events(self, run: bytes, number: int) -> Sequence[RowMapping]:
         """What moved a round, in order."""
@@ -314,12 +331,45 @@ class Store:
         with reading(self._engine) as db:
             return [StoredCheckpoint(**row) for row in db.execute(query).mappings().all()]
 
+    # --- grids ---
+
+    def add_grid(self, run: bytes, round_number: int, digest: bytes) -> None:
+        """Notes that a grid was drawn from a round's checkpoint; the same one again changes nothing."""
+        row = {"run": run, "round": round_number, "digest": digest, "created_at": self._now()}
+        with self._engine.begin() as db:
+            db.execute(insert(schema.grids).values(row).on_conflict_do_nothing())
+
+    def grids(self, run: bytes, newest: int) -> list[StoredGrid]:
+        """The last so many grids that were drawn of a run, newest first."""
+        g = schema.grids
+        with reading(self._engine) as db:
+            rows = db.execute(select(g).where(g.c.run == run).order_by(g.c.created_at.desc()).limit(newest)).mappings().all()
+        return [StoredGrid(**row) for row in rows]
+
+    def grid_count(self, run: bytes) -> int:
+        """How many grids were drawn of a run."""
+        g = schema.grids
+        with reading(self._engine) as db:
+            return int(db.execute(select(func.count()).select_from(g).where(g.c.run == run)).scalar_one())
+
+    def is_grid(self, digest: bytes) -> bool:
+        """Whether an artifact is a grid, and so may be shown where no checkpoint may."""
+        g = schema.grids
+        with reading(self._engine) as db:
+            return db.execute(select(g.c.digest).where(g.c.digest == digest).limit(1)).first() is not None
+
     # --- sites ---
 
     def saw_site(self, seen: SiteSeen) -> None:
         row = {k: getattr(seen, k) for k in ("site", "at", "address", "software", "certificate_expires_at")}
         with self._engine.begin() as db:
             db.execute(insert(schema.sites_seen).values(row).on_conflict_do_update(index_elements=["site"], set_=row))
+
+    def sites_were_there(self, sites: Collection[str], at: float) -> None:
+        """Notes when sites were last connected, of those that were ever seen."""
+        s = schema.sites_seen
+        with self._engine.begin() as db:
+            db.execute(update(s).where(s.c.site.in_(sites)).values(at=at))
 
     def sites_seen(self) -> dict[str, SiteSeen]:
         with reading(self._engine) as db:

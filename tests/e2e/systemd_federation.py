@@ -97,7 +97,7 @@ class Surroundings:
             "preset": "digits",
             "architecture": _MODEL,
             "training": {"local_epochs": 100, "batch_size": 32, "max_steps": steps, "seed": seed},
-            "deadlines": {"training_s": 40.0},
+            "deadlines": {"training_s": 30.0},
         }
         path = self.root / f"{name}.toml"
         path.write_text(to_toml(plan), encoding="utf-8")
@@ -119,10 +119,7 @@ class Surroundings:
     def site_in_training(self, run: str, site: str) -> bool:
         """Whether a site has begun to train in the round in progress, and has some way to go."""
         rounds = self.cosilo_json("round", "list", run)["rounds"]
-        if not rounds or not rounds[-1]["sites"]:
-            return False
-        number = rounds[-1]["round"]
-        sites = self.cosilo_json("round", "show", run, str(number))["sites"] or []
+        sites = rounds[-1]["sites"] if rounds else []
         return any(one["site"] == site and one["activity"] == "training" and 0 < one["tenths"] < 8 for one in sites)
 
     def connected(self) -> set[str]:

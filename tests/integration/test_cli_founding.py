@@ -43,7 +43,13 @@ def test_init_makes_three_folders_and_a_config_that_the_coordinator_reads(tmp_pa
     assert entries(made) == ["admin", "ca", "coordinator"]
     config = CoordinatorConfig.read(made / "coordinator" / "coordinator.toml")
     assert config.federation == "north-star"
-    assert config.listen.model_dump() == {"federation": "0.0.0.0:9443", "enrolment": "0.0.0.0:7444", "metrics": "127.0.0.1:9464"}
+    assert config.listen.model_dump() == {
+        "federation": "0.0.0.0:9443",
+        "enrolment": "0.0.0.0:7444",
+        "metrics": "127.0.0.1:9464",
+        "page": "127.0.0.1:7480",
+        "page_hosts": (),
+    }
     assert load_identity(config.paths.identity).peer == PeerName("north-star", Role.COORDINATOR, "coordinator")
     assert config.paths.data == (made / "coordinator" / "data").resolve()
     admin = load_identity(made / "admin")

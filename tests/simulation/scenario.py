@@ -41,6 +41,7 @@ class Scenario:
     chapters: int
     rounds_a_chapter: int
     chunk_bytes: int
+    lies: float = 0.0  # share of assignments that a lying coordinator twists
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -52,7 +53,8 @@ class Scenario:
         first = self.manifests[0]
         mode = f"secure f={first.f}" if first.secure else "plain"
         cohort = f" cohort {first.cohort}" if first.cohort else ""
-        return f"{len(self.sites)} sites, {len(self.manifests)} runs, {mode} b={first.encoding.bits}{cohort}"
+        lies = f", lies {self.lies:g}" if self.lies else ""
+        return f"{len(self.sites)} sites, {len(self.manifests)} runs, {mode} b={first.encoding.bits}{cohort}{lies}"
 
 
 FAULTS = {
@@ -100,8 +102,9 @@ def scenario_of(seed: int, sites: int = 0) -> Scenario:
         ),
         mischief=_mischief(random),
         chapters=3,
-        rounds_a_chapter=12 if count < 8 else 6 if count < 16 else 3,
+        rounds_a_chapter=12 if count < 7 else 6 if count < 13 else 2,
         chunk_bytes=random.choice((64, 200, 1 << 20)),
+        lies=random.choice((0.02, 0.1, 0.3)) if random.random() < 0.12 else 0.0,
     )
 
 
@@ -120,7 +123,7 @@ def _count(random: Random) -> int:
     draw = random.random()
     if draw < 0.86:
         return random.choice((3, 4, 4, 4, 5, 5, 6))
-    return random.randint(7, 12) if draw < 0.99 else random.randint(13, 50)
+    return random.randint(7, 12) if draw < 0.99 else 13 + int(38 * random.random() ** 2)
 
 
 def _manifest(random: Random, names: tuple[str, ...], secure: bool, bits: int, number: int) -> Manifest:
@@ -157,7 +160,7 @@ def _weather(random: Random, stormy: float) -> Weather:
     return Weather(
         latency_s=random.choice((0.002, 0.05, 0.4)),
         delayed=random.choice((0.0, worst)),
-        cut=random.choice((0.0, worst / 2)),
+        cut=random.choice((0.0, worst)),
         vanished=random.choice((0.0, worst / 2)),
         doubled=random.choice((0.0, worst * 3)),
         corrupted=random.choice((0.0, 0.0, worst / 4)),

@@ -140,11 +140,14 @@ class Network:
                 connection.server_died(silently)
 
     def cut(self, connection: Connection) -> None:
-        """Breaks one connection, on both sides at times of their own."""
+        """Breaks one connection, on both sides at times of their own: at once for all messages, or while handlers are at work."""
         self.faults["connections cut"] += 1
-        connection.severed = True
-        self.loop.call_later(self.random.random(), connection.break_client, "the connection was reset")
-        self.loop.call_later(self.random.random() * 3, connection.break_server)
+        connection.severed = self.random.random() < 0.4
+        soon_s = 4 * self.weather.latency_s + 0.02
+        self.loop.call_later(
+            self.random.random() * (1.0 if connection.severed else soon_s), connection.break_client, "the connection was reset"
+        )
+        self.loop.call_later(self.random.random() * (3.0 if connection.severed else soon_s), connection.break_server)
 
     def cut_any(self, site: str) -> bool:
         """Breaks the newest connection of a site, if it has any."""

@@ -34,6 +34,7 @@ from tests.simulation import sums as sums_module
 from tests.simulation.clock import SimulatedLoop, Stalled
 from tests.simulation.coordinator import CoordinatorParty
 from tests.simulation.disk import discard_folder, simulated_disks
+from tests.simulation.liar import Liar
 from tests.simulation.process import CURRENT, Process
 from tests.simulation.scenario import Scenario, kinds
 from tests.simulation.site import SiteParty
@@ -103,6 +104,8 @@ class World:
             )
             for name in scenario.sites
         }
+        self.liar = Liar(Random(f"liar/{seed}"), scenario.lies) if scenario.lies else None
+        self.watch.honest = self.liar is None
         self.away: set[str] = set()
         self._silent: set[Process] = set()
         self._supervisors: list[asyncio.Task[None]] = []
@@ -142,6 +145,7 @@ class World:
         self.calm = False
         vars(self.weather).update(vars(self.scenario.weather))
         vars(self.temper).update(vars(self.scenario.temper))
+        self.network.twister = self.liar
         ends_at = self.loop.time() + CHAOS_S_MAX
         target = self._rounds_ended() + self.scenario.rounds_a_chapter
         for manifest in self.scenario.manifests:
@@ -162,6 +166,7 @@ class World:
         """No faults any more: whatever was begun must come to an end, and everything that was ordered must be done."""
         self.calm = True
         self.trace("peace")
+        self.network.twister = None
         vars(self.weather).update(vars(Weather()))
         vars(self.temper).update(vars(Temper()))
         for party in [self.coordinator, *self.sites.values()]:
@@ -369,7 +374,7 @@ class World:
     async def _asked(self, process: Process, question: Any) -> bool:
         """One call of an admin's, which may lose its connection while it is served; whether it was answered."""
         call = process.start(question, name="admin")
-        if self.random.random() < 0.1 and not self.calm:
+        if self.random.random() < 0.3 and not self.calm:
             self.loop.call_later(self.random.random() * 0.02, call.cancel)
         await asyncio.wait({call})
         if call.cancelled() or not process.alive:
@@ -425,7 +430,8 @@ class World:
             open_rounds = {entry.run for entry in journal.ledger.open_rounds()}
             for manifest in party.manifests:
                 last = journal.ledger.last_round(manifest.digest())
-                if last is not None and last.state is RoundState.OPEN:
+                real = last is not None and last.round <= self._newest(manifest.digest())  # above it stands only a liar's round
+                if last is not None and real and last.state is RoundState.OPEN:
                     self.watch.fail("R7", f"{party.name} still holds round {last.round} open")
             left = [path.name for path in (party.root / "rounds").iterdir() if bytes.fromhex(path.name) not in open_rounds]
             if left:
@@ -435,6 +441,10 @@ class World:
             if sealed:
                 self.watch.fail("R7", f"{party.name} keeps {sealed} sealed secrets of rounds that are over")
             self._check_descriptors(party.process, allowed=("journal.lock",))
+
+    def _newest(self, run: bytes) -> int:
+        state = self.coordinator.conductor.round(run) if self.coordinator.conductor else None
+        return state.number if state else 0
 
     def _check_coordinator(self) -> None:
         party = self.coordinator
@@ -533,6 +543,8 @@ def _report(report: Report, world: World) -> None:
     report.faults = world.faults + world.network.faults + world.coordinator.disk.faults
     for party in world.sites.values():
         report.faults += party.disk.faults
+    if world.liar is not None:
+        report.faults += world.liar.faults
     report.trace_digest = world.trace_digest()
     report.violation = world.watch.violation
 

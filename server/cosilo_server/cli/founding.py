@@ -28,6 +28,8 @@ federation = "0.0.0.0:{port}"
 enrolment = "0.0.0.0:{enrolment_port}"
 # /metrics, /healthz and /readyz, without TLS: keep it on this machine or behind a proxy.
 metrics = "127.0.0.1:9464"
+# The status page, read-only and without a password: keep it on this machine or behind a proxy that asks who is there. "" for none.
+page = "127.0.0.1:7480"
 
 [paths]
 # Certificates and keys, as cosilo init made them: this folder.

@@ -46,16 +46,20 @@ class Summaries:
         """Every run, oldest first."""
         return [self._run(stored) for stored in self._store.runs()]
 
-    def rounds(self, run: bytes) -> list[admin_pb2.RoundSummary]:
-        """A run's rounds, oldest first."""
-        return [self._round(stored) for stored in self._store.rounds(run)]
+    def rounds(self, run: bytes, newest: int | None = None) -> list[admin_pb2.RoundSummary]:
+        """A run's rounds, oldest first. newest: no more than so many, the last ones."""
+        return [self._round(stored) for stored in self._store.rounds(run, newest)]
+
+    def newest_round(self, run: bytes) -> admin_pb2.RoundSummary | None:
+        """A run's newest round, if it has had one."""
+        newest = self._store.newest_round(run)
+        return self._round(newest) if newest else None
 
     def watch(self, run: bytes) -> admin_pb2.WatchRunResponse:
         """A run and its newest round."""
         stored = self._store.run(run)
         assert stored is not None  # the caller found it
-        newest = self._store.newest_round(run)
-        return admin_pb2.WatchRunResponse(summary=self._run(stored), current=self._round(newest) if newest else None)
+        return admin_pb2.WatchRunResponse(summary=self._run(stored), current=self.newest_round(run))
 
     def checkpoints(self, run: bytes) -> list[admin_pb2.Checkpoint]:
         """A run's checkpoints, oldest first."""
