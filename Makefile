@@ -21,7 +21,7 @@ SIM_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check proto bench simulate e2e-systemd e2e-prometheus clean
+.PHONY: help setup demo test check proto bench simulate e2e-systemd e2e-prometheus e2e-page clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ e2e-systemd: $(STAMP) ## Both daemons under a real systemd: install, enrol, trai
 e2e-prometheus: $(STAMP) ## Rules, alerts and the dashboard's queries on a real Prometheus that scrapes a federation
 	tests/e2e/prepare prometheus
 	$(BIN)/python -m tests.e2e.prometheus
+
+e2e-page: $(STAMP) ## The status page of a live federation in headless Chromium; photographs in demo-out/page
+	tests/e2e/prepare page
+	$(BIN)/python -m tests.e2e.page
 
 clean: ## Remove .venv, caches and what the demo and the benches left
 	rm -rf $(VENV) demo-out bench-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

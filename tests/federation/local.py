@@ -57,16 +57,26 @@ class LocalFederation:
     """The processes and folders of one federation.
 
     root: an empty or absent folder of its own; sites: in the order in which they are enrolled; local_demo: invitations are
-    pre-approved, so that nobody runs `site approve`. Raises FederationError, with the tails of the logs, where a step fails.
+    pre-approved, so that nobody runs `site approve`; page: the coordinator serves its status page. Raises FederationError, with the tails of the logs, where a step fails.
     """
 
-    def __init__(self, root: Path, sites: Sequence[SiteSpec], *, name: str = "local", threads: int = 1, local_demo: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        sites: Sequence[SiteSpec],
+        *,
+        name: str = "local",
+        threads: int = 1,
+        local_demo: bool = True,
+        page: bool = False,
+    ) -> None:
         self.root = root
         self.name = name
         self.sites = {spec.name: spec for spec in sites}
         self.folder = root / "federation"  # what `cosilo init` makes
         self.logs = root / "logs"
         self._local_demo = local_demo
+        self._page = page
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         self._daemons: dict[str, Daemon] = {}
         atexit.register(self.stop)
@@ -93,7 +103,8 @@ class LocalFederation:
         """`cosilo init`, with every port left to the system."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.cosilo("init", str(self.folder), "--federation", self.name, "--address", LOOPBACK, "--enrolment-address", LOOPBACK)
-        self._write_ports({"federation": LOOPBACK, "enrolment": LOOPBACK, "metrics": LOOPBACK})
+        ports = ("federation", "enrolment", "metrics", *(["page"] if self._page else []))
+        self._write_ports(dict.fromkeys(ports, LOOPBACK))
 
     def start_coordinator(self) -> None:
         """Starts it; the ports it got the first time are then its own for good, so that a restart is found where it was."""
