@@ -1,0 +1,182 @@
+"""Whole rounds that train nothing, beside the bytes alone through raw TLS: seconds, processor seconds, peak memory.
+
+    python -m bench.rounds [--model 146|507|3400] [--sites 3 10] [--rounds 3] [--modes masked plain] [--json FILE]
+
+Rehearsals over a real federation on this machine: a coordinator and sites as processes, mTLS, every digest and check. A round's seconds are
+the coordinator's own, from the first phase to the last. The yardstick moves the same bytes (each site's fetch and upload) through one raw
+TLS stream, measured before and after. Memory is the peak of anonymous memory (RssAnon, sampled), as files that are mapped belong to the
+page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.yardsticks import raw_tls_s
+from tests.federation.digits import digits_sites
+from tests.federation.local import COORDINATOR, LocalFederation
+
+# Widths of an 8x8 UNet by the model's size in MB of float32: 36.4, 126.7 and 861 million parameters.
+WIDTHS = {146: (240, 480), 507: (448, 896), 3400: (1168, 2336), 1: (16, 32)}
+GOALS = {"masked": 3.0, "plain": 2.0}  # times raw TLS
+SAMPLE_S = 0.02
+PATIENCE_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One federation's rounds. seconds: the median; tls_s: of the same bytes; cpu_s: of all processes, a round; *_peak_mb: 10^6 bytes."""
+
+    mode: str
+    sites: int
+    model_mb: float
+    seconds: float
+    tls_s: float
+    ratio: float
+    cpu_s: float
+    coordinator_cpu_s: float
+    coordinator_peak_mb: float
+    coordinator_base_mb: float
+    site_peak_mb: float
+    every_s: tuple[float, ...]
+
+
+class Peaks:
+    """The highest anonymous memory of processes by name, while it is watched."""
+
+    def __init__(self, processes: dict[str, psutil.Process]) -> None:
+        self._processes = processes
+        self.base = {name: _anonymous(process) for name, process in processes.items()}
+        self.peak = dict(self.base)
+        self._over = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Samples until the context ends."""
+        thread = threading.Thread(target=self._sample)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _sample(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            for name, process in self._processes.items():
+                self.peak[name] = max(self.peak[name], _anonymous(process))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=int, choices=sorted(WIDTHS), default=146, help="MB of float32")
+    parser.add_argument("--sites", type=int, nargs="+", default=[3])
+    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up; the median is shown")
+    parser.add_argument("--modes", nargs="+", choices=sorted(GOALS), default=["masked", "plain"])
+    parser.add_argument("--folder", type=Path, default=None, help="where the federation lives: some (4 + 2 N) models of disk")
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    rows = [
+        row for sites in arguments.sites for row in _federation(arguments.model, sites, arguments.rounds, arguments.modes, arguments.folder)
+    ]
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        machine = {"machine": platform.machine(), "cores": psutil.cpu_count(), "python": platform.python_version()}
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def _federation(model: int, sites: int, rounds: int, modes: list[str], folder: Path | None) -> Iterator[Row]:
+    root = Path(tempfile.mkdtemp(prefix="cosilo-bench-", dir=folder))
+    try:
+        specs = digits_sites(root, sites, alpha=100.0, least=10, seed=1, policy={"allow_insecure_plain_sum": "plain" in modes})
+        with LocalFederation(root, specs) as federation:
+            federation.start()
+            for mode in modes:
+                row = _rounds(federation, mode, model, rounds)
+                _show(row)
+                yield row
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _rounds(federation: LocalFederation, mode: str, model: int, rounds: int) -> Row:
+    deadlines = {f"{what}_s": PATIENCE_S for what in ("gather", "training", "sharing", "uploading", "consenting", "revealing")}
+    plan: dict[str, Any] = {
+        "name": f"{mode}-{model}",
+        "preset": "digits",
+        "architecture": {"block_out_channels": list(WIDTHS[model]), "norm_num_groups": 16},
+        "deadlines": deadlines,
+    }
+    run = federation.create_run(plan, plain=mode == "plain")
+    federation.accept_all(run)
+    federation.run_rounds(run, 1, "--rehearsal")
+    names = [COORDINATOR, *federation.sites]
+    processes = {name: psutil.Process(federation.daemon(name).pid) for name in names}
+    size = int(federation.cosilo_json("run", "list")["runs"][-1]["parameters"]) * 4
+    before_s = raw_tls_s(size, len(federation.sites), len(federation.sites))
+    peaks, cpu_before = Peaks(processes), {name: _cpu_s(process) for name, process in processes.items()}
+    with peaks.watched():
+        found = federation.run_rounds(run, rounds, "--rehearsal")[1:]
+    cpu = {name: _cpu_s(process) - cpu_before[name] for name, process in processes.items()}
+    tls_s = (before_s + raw_tls_s(size, len(federation.sites), len(federation.sites))) / 2
+    seconds = [float(entry["seconds"]) for entry in found]
+    middle = statistics.median(seconds)
+    return Row(
+        mode=mode,
+        sites=len(federation.sites),
+        model_mb=size / 1e6,
+        seconds=middle,
+        tls_s=tls_s,
+        ratio=middle / tls_s,
+        cpu_s=sum(cpu.values()) / rounds,
+        coordinator_cpu_s=cpu[COORDINATOR] / rounds,
+        coordinator_peak_mb=peaks.peak[COORDINATOR] / 1e6,
+        coordinator_base_mb=peaks.base[COORDINATOR] / 1e6,
+        site_peak_mb=max(peaks.peak[name] for name in federation.sites) / 1e6,
+        every_s=tuple(seconds),
+    )
+
+
+def _show(row: Row) -> None:
+    print(
+        f"{row.mode:6} {row.sites:2} sites {row.model_mb:6.0f} MB: {row.seconds:6.2f} s a round ({', '.join(f'{s:.2f}' for s in row.every_s)}), "
+        f"raw TLS {row.tls_s:.2f} s, ratio {row.ratio:.2f} (goal {GOALS[row.mode]:.0f}); processor {row.cpu_s:.1f} s "
+        f"({row.coordinator_cpu_s:.1f} s the coordinator's); peak coordinator {row.coordinator_peak_mb:.0f} MB "
+        f"(idle {row.coordinator_base_mb:.0f}), site {row.site_peak_mb:.0f} MB",
+        flush=True,
+    )
+
+
+def _anonymous(process: psutil.Process) -> int:
+    for line in Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not tell a process's anonymous memory")
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """Of a process and of what it has started."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    main()
+    print(f"{time.monotonic() - began:.0f} s in all")

@@ -1,0 +1,107 @@
+"""What the machine itself can do, measured beside what is to be judged: raw TLS over loopback, and a memory copy.
+
+Owns the yardsticks. Must not know Cosilo. A figure of ours means something only as a ratio to one of these in the same run.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import trustme
+
+CHUNK_BYTES = 1 << 20  # Cosilo's own
+
+
+def raw_tls_s(size: int, downs: int, ups: int, streams: int = 1) -> float:
+    """Seconds in which a process and its child exchange files over TLS 1.3 on loopback: `downs` of `size` bytes to the child, `ups` back.
+
+    The bytes alone: nothing is read from a disk, hashed or kept. streams: how many go at once. The child is a process of its own, as a
+    site is, so each side has a core.
+    """
+    with tempfile.TemporaryDirectory(prefix="cosilo-bench-") as folder:
+        authority = trustme.CA()
+        certificate = authority.issue_cert("localhost")
+        root = Path(folder, "ca.pem")
+        authority.cert_pem.write_to_path(str(root))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        certificate.configure_cert(context)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            command = [sys.executable, "-m", "bench.yardsticks", str(root), str(listener.getsockname()[1]), str(size)]
+            child = subprocess.Popen([*command, str(downs), str(ups), str(streams)], stdin=subprocess.DEVNULL)
+            try:
+                listener.settimeout(60)
+                peers = [context.wrap_socket(listener.accept()[0], server_side=True) for _ in range(streams)]
+                began_s = time.perf_counter()
+                _in_threads([lambda peer=peer: _serve(peer, size, downs // streams, ups // streams) for peer in peers])
+                taken_s = time.perf_counter() - began_s
+            finally:
+                child.wait(60)
+    return taken_s
+
+
+def copy_bytes_s(size: int = 1 << 30) -> float:
+    """Bytes a second of one thread's memcpy."""
+    source = np.ones(size // 8, dtype=np.float64)
+    target = np.empty_like(source)
+    np.copyto(target, source)
+    began_s = time.perf_counter()
+    np.copyto(target, source)
+    return size / (time.perf_counter() - began_s)
+
+
+def _serve(peer: ssl.SSLSocket, size: int, downs: int, ups: int) -> None:
+    _send(peer, size * downs)
+    _receive(peer, size * ups)
+    peer.sendall(b".")
+    peer.close()
+
+
+def _child(root: str, port: str, size: str, downs: str, ups: str, streams: str) -> None:
+    context = ssl.create_default_context(cafile=root)
+
+    def talk() -> None:
+        raw = socket.create_connection(("127.0.0.1", int(port)))
+        with context.wrap_socket(raw, server_hostname="localhost") as peer:
+            _receive(peer, int(size) * (int(downs) // int(streams)))
+            _send(peer, int(size) * (int(ups) // int(streams)))
+            peer.recv(1)
+
+    _in_threads([talk] * int(streams))
+
+
+def _in_threads(work: list[object]) -> None:
+    threads = [threading.Thread(target=one) for one in work]  # type: ignore[arg-type]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _send(peer: ssl.SSLSocket, size: int) -> None:
+    chunk = memoryview(bytes(CHUNK_BYTES))
+    while size:
+        part = chunk[: min(size, CHUNK_BYTES)]
+        peer.sendall(part)
+        size -= len(part)
+
+
+def _receive(peer: ssl.SSLSocket, size: int) -> None:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    while size:
+        got = peer.recv_into(buffer, min(size, CHUNK_BYTES))
+        if not got:
+            raise ConnectionError("the other side ended early")
+        size -= got
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])
