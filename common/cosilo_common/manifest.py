@@ -124,7 +124,7 @@ class Manifest(_Plain):
             raise ValueError(f"n_min must be at least {SECURE_SITES_MIN} under {SECURE_AGGREGATION}, not {self.n_min}")
         if len(names) * self.encoding.cap > (1 << (self.encoding.bits - 1)) - 1:
             raise ValueError(f"encoding: {len(names)} participants times cap {self.encoding.cap} do not fit {self.encoding.bits} bits")
-        check_fits(self.schedule, self.training, self.sampling)
+        check_fits(self.architecture, self.schedule, self.training, self.sampling)
         self.tensor_table  # noqa: B018 - building it checks names, shapes and order
         return self
 

@@ -118,7 +118,7 @@ def test_a_wrong_value_is_named(read: Read, text: str, subject: str, tmp_path: P
 
 def test_an_unknown_preset_lists_those_there_are(read: Read) -> None:
     error = refusal(read, 'name = "x"\npreset = "digit"\n')
-    assert error.hint == "choose one of ddpm-cifar10, digits, fashion-16, mednist-32"
+    assert error.hint == "choose one of ddpm-cifar10, digits, fashion-16, mednist-32, tun2023"
 
 
 def test_a_missing_file_and_a_huge_one_are_refused(tmp_path: Path) -> None:

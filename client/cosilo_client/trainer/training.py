@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cosilo_client.trainer.device import Workplace
 from cosilo_client.trainer.jobs import FailureCode, Progress, TrainerFailed
-from cosilo_common.diffusion.objective import Draw, draw_noise, noise_schedule, per_image_loss, to_model_range
+from cosilo_common.diffusion.objective import Draw, draw_noise, loss_weights, noise_schedule, per_image_loss, sobol_sequence, to_model_range
 from cosilo_common.diffusion.specification import Schedule, Training
 
 PROGRESS_S_MAX = 10.0  # deadlines watch progress, so a slow tenth must still show that it lives
@@ -71,18 +71,21 @@ def train(
     torch.manual_seed(seed + place.rank)  # dropout only; everything else comes from the generator below
     generator = torch.Generator().manual_seed(seed)
     noiser = noise_schedule(schedule)
+    weights = loss_weights(noiser, training)
     parameters = list(module.parameters())
     anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
     optimiser = build_optimiser(parameters, training, place)
     meter = _Meter(steps_in_round(len(data.train), training), place, report)
     module.train()
-    for batch in batches(data, schedule, training, generator):
+    for batch in batches(data, schedule, training, generator, seed):
         optimiser.zero_grad(set_to_none=True)
         size = len(batch.indices)
         for share, last in _micro_batches(size, micro_batch, place):
             with _gradients_stay(module, last):
                 with place.autocast():
                     losses = _losses(module, noiser, data, batch, share, place)
+                if weights is not None and len(share):
+                    losses = losses * weights[batch.draw.timesteps[share]].to(losses.device)
                 # The mean over the whole batch; DDP averages over ranks, hence the factor.
                 loss = losses.sum() * (place.world / size)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -97,8 +100,9 @@ def train(
     return meter.finish()
 
 
-def batches(data: DeviceImages, schedule: Schedule, training: Training, generator: torch.Generator) -> Iterator[Batch]:
+def batches(data: DeviceImages, schedule: Schedule, training: Training, generator: torch.Generator, seed: int) -> Iterator[Batch]:
     """The round's batches, drawn as `seeding` says."""
+    sequence = sobol_sequence(seed) if training.timesteps == "sobol" else None
     done = 0
     for _ in range(training.local_epochs):
         order = data.train[torch.randperm(len(data.train), generator=generator)]
@@ -107,7 +111,7 @@ def batches(data: DeviceImages, schedule: Schedule, training: Training, generato
                 return
             indices = order[start : start + training.batch_size]
             shape = (len(indices), *data.images.shape[1:])
-            yield Batch(indices, draw_noise(shape, schedule.train_timesteps, training.horizontal_flip, generator))
+            yield Batch(indices, draw_noise(shape, schedule.train_timesteps, training.horizontal_flip, generator, sequence))
             done += 1
 
 

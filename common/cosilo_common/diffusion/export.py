@@ -29,6 +29,10 @@ def export_pipeline(weights: Path, architecture: Architecture, schedule: Schedul
     """
     if class_index is not None and not 0 <= class_index < architecture.num_classes:
         raise CosiloError("export", f"class {class_index} does not exist", f"choose from 0 to {architecture.num_classes - 1}")
+    if class_index is not None and architecture.network != "unet2d":
+        raise CosiloError(
+            "export", f"stock pipelines cannot hold network = {architecture.network!r}", "export without --class, for CosiloPipeline"
+        )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CosiloError("export", f"{to} exists and is not an empty folder", "choose another folder")
     unet = build_unet(architecture)

@@ -1,6 +1,6 @@
 """The UNet itself: built from an Architecture, and seen as one float32 vector in the tensor table's order.
 
-Owns how an Architecture becomes diffusers' UNet2DModel and how its parameters map to that vector. Must not know files,
+Owns how an Architecture becomes diffusers' UNet2DModel, or `residual_unet`'s network, and how its parameters map to that vector. Must not know files,
 rounds or training.
 """
 
@@ -11,18 +11,30 @@ import numpy.typing as npt
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
+from cosilo_common.diffusion.residual_unet import ResidualUNet
 from cosilo_common.diffusion.specification import Architecture
 from cosilo_common.errors import CosiloError
 from cosilo_common.weights import TensorTable
 
 
-def build_unet(architecture: Architecture, *, conditional: bool = True) -> UNet2DModel:
+def build_unet(architecture: Architecture, *, conditional: bool = True) -> UNet2DModel | ResidualUNet:
     """The UNet, randomly initialised from torch's global generator, float32, on the default device.
 
     conditional: False leaves the class embedding out, for export to stock pipelines. Everything the Architecture does
     not name keeps diffusers' default. Raises CosiloError if the model has state that is not a float32 parameter: such
     state would not be federated.
     """
+    if architecture.network == "residual":
+        residual = ResidualUNet(
+            sample_size=architecture.sample_size,
+            in_channels=architecture.in_channels,
+            num_class_embeds=architecture.num_classes,
+            block_out_channels=architecture.block_out_channels,
+            layers_per_block=architecture.layers_per_block,
+            dropout=architecture.dropout,
+        )
+        refuse_unfederated_state(residual)
+        return residual
     unet = UNet2DModel(
         sample_size=architecture.sample_size,
         in_channels=architecture.in_channels,

@@ -6,21 +6,25 @@ from a generator that the caller seeds; the convention is `seeding`'s.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from cosilo_common.diffusion.seeding import site_seed
-from cosilo_common.diffusion.specification import Schedule
+from cosilo_common.diffusion.specification import Schedule, Training
 
 __all__ = [
     "Draw",
     "draw_noise",
     "heldout_count",
     "heldout_losses",
+    "log_snr",
+    "loss_weights",
     "noise_schedule",
     "per_image_loss",
     "site_seed",
+    "sobol_sequence",
     "to_model_range",
 ]
 
@@ -44,6 +48,13 @@ class Draw:
 
 def noise_schedule(schedule: Schedule) -> DDPMScheduler:
     """diffusers' scheduler holding the schedule's noise levels; used here for its forward process only."""
+    if schedule.beta_schedule == "log_snr":
+        return DDPMScheduler(
+            num_train_timesteps=schedule.train_timesteps,
+            trained_betas=_log_snr_betas(schedule.train_timesteps),
+            prediction_type=schedule.prediction_type,
+            timestep_spacing="trailing",
+        )
     return DDPMScheduler(
         num_train_timesteps=schedule.train_timesteps,
         beta_schedule=schedule.beta_schedule,
@@ -54,9 +65,40 @@ def noise_schedule(schedule: Schedule) -> DDPMScheduler:
     )
 
 
-def draw_noise(shape: tuple[int, int, int, int], train_timesteps: int, flip: bool, generator: torch.Generator) -> Draw:
-    """One batch's random numbers from a CPU generator, in the order that `seeding` fixes. shape: (b, C, H, W)."""
-    timesteps = torch.randint(0, train_timesteps, (shape[0],), generator=generator)
+def log_snr(timesteps: torch.Tensor, train_timesteps: int) -> torch.Tensor:
+    """The log signal-to-noise ratio at integer timesteps of the schedule "log_snr": float64 of their shape."""
+    t = (timesteps.to(torch.float64) + 1.0) / train_timesteps
+    return -torch.log(torch.expm1(1e-4 + 10.0 * t.square()))
+
+
+def _log_snr_betas(train_timesteps: int) -> list[float]:
+    """The betas whose running product of 1 - beta is the signal's share, sigmoid(log-SNR)."""
+    signal = torch.sigmoid(log_snr(torch.arange(train_timesteps), train_timesteps)).numpy()
+    betas: list[float] = (1.0 - signal / np.concatenate(([1.0], signal[:-1]))).tolist()
+    return betas
+
+
+def sobol_sequence(seed: int) -> torch.quasirandom.SobolEngine:
+    """The scrambled Sobol sequence of one round's timesteps."""
+    return torch.quasirandom.SobolEngine(1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def draw_noise(
+    shape: tuple[int, int, int, int],
+    train_timesteps: int,
+    flip: bool,
+    generator: torch.Generator,
+    sequence: torch.quasirandom.SobolEngine | None = None,
+) -> Draw:
+    """One batch's random numbers from a CPU generator, in the order that `seeding` fixes. shape: (b, C, H, W).
+
+    sequence: what the timesteps come from in place of the generator.
+    """
+    if sequence is None:
+        timesteps = torch.randint(0, train_timesteps, (shape[0],), generator=generator)
+    else:
+        even = sequence.draw(shape[0], dtype=torch.float64)[:, 0]
+        timesteps = (even * train_timesteps).to(torch.int64).clamp_(max=train_timesteps - 1)
     noise = torch.randn(shape, generator=generator)
     flips = torch.rand(shape[0], generator=generator) < 0.5 if flip else None
     return Draw(timesteps, noise, flips)
@@ -90,6 +132,22 @@ def per_image_loss(
     predicted = unet(noisy, timesteps, class_labels=labels, return_dict=False)[0]
     losses: torch.Tensor = (predicted.float() - target).square().mean(dim=(1, 2, 3))
     return losses
+
+
+def loss_weights(noiser: DDPMScheduler, training: Training) -> torch.Tensor | None:
+    """By timestep, what an image's squared error counts: (train_timesteps,) float32, or None where every one counts alike.
+
+    "min_snr" (Hang et al., arXiv 2303.09556, section 3.4): min(SNR, gamma) / SNR where the noise is predicted, min(SNR, gamma)
+    / (SNR + 1) where the velocity is. "alpha_squared" (arXiv 2311.16538): SNR / (SNR + 1), the signal's share.
+    """
+    if training.loss_weighting == "uniform":
+        return None
+    signal: torch.Tensor = noiser.alphas_cumprod.to(torch.float64)
+    if training.loss_weighting == "alpha_squared":
+        return signal.to(torch.float32)
+    snr = signal / (1.0 - signal)
+    kept = snr.clamp(max=training.min_snr_gamma)
+    return (kept / (snr if noiser.config.prediction_type == "epsilon" else snr + 1.0)).to(torch.float32)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ torch.Generator seeded by `site_seed`, is:
    consecutive slices of batch_size, the last one short;
 2. each batch of b images, in this order: `t = torch.randint(0, train_timesteps, (b,), generator=g)`, then
    `noise = torch.randn((b, channels, size, size), generator=g)`, then, only where horizontal_flip is set,
-   `flips = torch.rand(b, generator=g) < 0.5`.
+   `flips = torch.rand(b, generator=g) < 0.5`. With timesteps = "sobol", t is not drawn from g: it is floor(train_timesteps * u) for the
+   next b points u of torch's scrambled SobolEngine(1), seeded by the same number and begun anew each round.
 
 torch's global generator, which only dropout reads, is seeded by the same number (plus the rank where a site has several
 GPUs). Every rank draws the whole batch and takes its share, so the draws do not depend on how many GPUs a site has.

@@ -19,6 +19,7 @@ BUCKETS_MAX = 32  # each bucket is a word in every masked upload and a forward p
 EPOCHS_MAX = 1_000  # more local work than this is another run
 BATCH_MAX = 65_536  # larger than any site's memory at the smallest size
 STEPS_MAX = 10_000_000  # bounds one round's work whatever the epochs say
+LOG_SNR_TIMESTEPS = 1_000  # into which the continuous t of arXiv 2311.16538 is cut
 SEED_MAX = 2**63 - 1  # torch's generators take a signed 64-bit seed
 
 Whole = Annotated[int, Field(strict=True)]  # true, "8" and 8.0 are not numbers of anything
@@ -32,14 +33,16 @@ class Plain(BaseModel):
 
 
 class Architecture(Plain):
-    """The shape of a class-conditional UNet (diffusers' UNet2DModel) for square images.
+    """The shape of a class-conditional UNet for square images.
 
-    sample_size: pixels a side. block_out_channels: width of each level, finest first. attention: one flag a level, or
-    empty for none. attention_head_dim: channels a head; None is one head as wide as its level. num_classes: rows of the
-    class embedding, at least one. Raises pydantic.ValidationError for any shape that UNet2DModel could not build or
-    run.
+    network: "unet2d" is diffusers' UNet2DModel; "residual" is `residual_unet`'s, without norms or attention, so that the
+    fields which say how those are must say that there are none. sample_size: pixels a side. block_out_channels: width of
+    each level, finest first. attention: one flag a level, or empty for none. attention_head_dim: channels a head; None is
+    one head as wide as its level. num_classes: rows of the class embedding, at least one. Raises
+    pydantic.ValidationError for any shape that the network could not build or run.
     """
 
+    network: Literal["unet2d", "residual"] = "unet2d"
     sample_size: Annotated[Whole, Field(ge=4, le=SAMPLE_SIZE_MAX)]
     in_channels: Annotated[Whole, Field(ge=1, le=CHANNELS_MAX)]
     num_classes: Annotated[Whole, Field(ge=1, le=CLASSES_MAX)]
@@ -59,6 +62,12 @@ class Architecture(Plain):
         reduction = 2 ** (levels - 1)
         if self.sample_size % reduction:
             raise ValueError(f"sample_size {self.sample_size} is not divisible by {reduction}, which {levels} levels need")
+        if self.network == "residual":
+            if self.attention or self.mid_attention or self.norm_num_groups != 1:
+                raise ValueError(
+                    'network = "residual" has neither attention nor norms: set mid_attention = false, norm_num_groups = 1, no attention'
+                )
+            return self
         if self.block_out_channels[0] % 2:
             raise ValueError(f"the first width, {self.block_out_channels[0]}, must be even: a timestep becomes sines and cosines")
         for level, width in enumerate(self.block_out_channels):
@@ -95,11 +104,12 @@ class Schedule(Plain):
     """The forward process: how much noise stands at each of train_timesteps steps, and what the network predicts.
 
     beta_start and beta_end matter to "linear" and "scaled_linear" only; "squaredcos_cap_v2" is the cosine schedule
-    (Nichol and Dhariwal, arXiv 2102.09672). "v_prediction" is Salimans and Ho, arXiv 2202.00512.
+    (Nichol and Dhariwal, arXiv 2102.09672); "log_snr" has a log-SNR of -log(expm1(1e-4 + 10 t^2)) at t = (k + 1) /
+    train_timesteps of timestep k (Tun et al., arXiv 2311.16538). "v_prediction" is Salimans and Ho, arXiv 2202.00512.
     """
 
     train_timesteps: Annotated[Whole, Field(ge=2, le=TIMESTEPS_MAX)] = 1000
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "log_snr"] = "squaredcos_cap_v2"
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.0001
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
     prediction_type: Literal["epsilon", "v_prediction"] = "v_prediction"
@@ -118,7 +128,9 @@ class Training(Plain):
     a step over all of a site's GPUs. proximal_mu: FedProx's weight on mu/2 ||w - w_global||^2 (Li et al., arXiv
     1812.06127), 0 for plain FedAvg. max_grad_norm: 0 for no clipping. heldout_fraction: the part of a site's images
     that is never trained on (at least one image). loss_buckets: equal ranges of timesteps over which the held-out loss
-    is reported. seed: the run's own; see `seeding`.
+    is reported. seed: the run's own; see `seeding`. loss_weighting: of an image's squared error by its timestep's
+    signal-to-noise ratio, see `objective.loss_weights`; min_snr_gamma is that of "min_snr". timesteps: drawn uniformly, or
+    from a scrambled Sobol sequence, which fills [0, 1) more evenly.
     """
 
     local_epochs: Annotated[Whole, Field(ge=1, le=EPOCHS_MAX)] = 1
@@ -133,6 +145,9 @@ class Training(Plain):
     loss_buckets: Annotated[Whole, Field(ge=1, le=BUCKETS_MAX)] = 4
     seed: Annotated[Whole, Field(ge=0, le=SEED_MAX)] = 0
     max_steps: Annotated[Whole, Field(ge=1, le=STEPS_MAX)] | None = None
+    loss_weighting: Literal["uniform", "min_snr", "alpha_squared"] = "uniform"
+    min_snr_gamma: Annotated[float, Field(gt=0, le=1e6)] = 5.0
+    timesteps: Literal["uniform", "sobol"] = "uniform"
 
     @model_validator(mode="after")
     def _decay_has_an_optimiser(self) -> Self:
@@ -161,11 +176,11 @@ class Preset(Plain):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        check_fits(self.schedule, self.training, self.sampling)
+        check_fits(self.architecture, self.schedule, self.training, self.sampling)
         return self
 
 
-def check_fits(schedule: Schedule, training: Training, sampling: Sampling) -> None:
+def check_fits(architecture: Architecture, schedule: Schedule, training: Training, sampling: Sampling) -> None:
     """Refuse parts that are each possible and not together.
 
     Raises ValueError (a manifest's own validator calls this).
@@ -174,3 +189,8 @@ def check_fits(schedule: Schedule, training: Training, sampling: Sampling) -> No
         raise ValueError(f"loss_buckets {training.loss_buckets} exceed the schedule's {schedule.train_timesteps} timesteps")
     if sampling.steps > schedule.train_timesteps:
         raise ValueError(f"sampling steps {sampling.steps} exceed the schedule's {schedule.train_timesteps} timesteps")
+    if architecture.network == "residual" and (schedule.beta_schedule != "log_snr" or schedule.train_timesteps != LOG_SNR_TIMESTEPS):
+        raise ValueError(
+            'network = "residual" is told the log-SNR of its input, and knows only '
+            f'beta_schedule = "log_snr" with {LOG_SNR_TIMESTEPS} train_timesteps'
+        )
