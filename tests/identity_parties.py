@@ -87,6 +87,7 @@ class InvitationsInMemory:
 
     invitations: dict[bytes, OpenInvitation] = field(default_factory=dict)
     records: dict[bytes, EnrolmentRecord] = field(default_factory=dict)
+    wrong: dict[bytes, int] = field(default_factory=dict)
 
     def put(self, invitation: OpenInvitation) -> None:
         if invitation.token_public in self.invitations:
@@ -98,6 +99,12 @@ class InvitationsInMemory:
 
     def enrolment(self, token_public: bytes) -> EnrolmentRecord | None:
         return self.records.get(token_public)
+
+    def wrong_tries(self, token_public: bytes) -> int:
+        return self.wrong.get(token_public, 0)
+
+    def note_wrong_try(self, token_public: bytes) -> None:
+        self.wrong[token_public] = self.wrong_tries(token_public) + 1
 
     def burn(self, record: EnrolmentRecord) -> EnrolmentRecord:
         return self.records.setdefault(record.token_public, record)

@@ -206,6 +206,8 @@ def status(context: typer.Context, json: JsonOption = False, config: ConfigOptio
             ("daemon", f"{found.daemon}: {found.connection}"),
         ]
     )
+    if found.paused:
+        say(f"{found.paused}; rounds that are not trained yet are declined")
     say()
     if not found.runs:
         say("no run accepted")
@@ -213,8 +215,117 @@ def status(context: typer.Context, json: JsonOption = False, config: ConfigOptio
         where = f"round {one.round} {one.state}, {one.reached}" if one.round else "no round yet"
         say(f"{one.run[:12]}  {one.name}  {one.aggregation}")
         say(f"  {where}; {one.rounds_trained} rounds, {one.hours_trained:g} h trained; accepted by {one.accepted_by}")
+        if one.left_at:
+            say(f"  left at {one.left_at}: nothing more goes out; cosilo-site accept {one.run[:12]} takes part again")
         if one.outcome:
             say(f"  last round: {one.outcome}")
+
+
+audit_app = typer.Typer(no_args_is_help=True, help="This site's own log of who did what, whose lines are chained.", rich_markup_mode=None)
+app.add_typer(audit_app, name="audit")
+
+
+@audit_app.command("show")
+def audit_show(
+    context: typer.Context,
+    since: Annotated[str, typer.Option("--since", metavar="TIME", help="A date, or an age such as 24h or 7d.")] = "",
+    who: Annotated[str, typer.Option("--who", metavar="TEXT", help="Only entries whose doer's name has this in it.")] = "",
+    what: Annotated[str, typer.Option("--what", metavar="TEXT", help="Only entries whose deed has this in it.")] = "",
+    last: Annotated[int, typer.Option("--last", min=1, max=1_000_000, help="How many at most, the newest.")] = 100,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Show entries, oldest first, once the whole chain holds."""
+    site = _config(context, config)
+    import time
+
+    from cosilo_client.auditing import site_log
+    from cosilo_common.audit_reading import Selection, in_words, moment, plain
+
+    chosen = Selection(who, what, moment(since, time.time()) if since else 0.0, last)
+    found = chosen.of(site_log(site).entries())
+    if json:
+        say_json({"entries": [plain(entry) for entry in found]})
+        return
+    for entry in found:
+        say(in_words(entry))
+
+
+@audit_app.command("verify")
+def audit_verify(
+    context: typer.Context,
+    head: Annotated[
+        Path | None,
+        typer.Option(
+            "--head", metavar="FILE", help="Compare with the head that this file keeps, then keep the new one.", show_default=False
+        ),
+    ] = None,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Check the whole chain; with --head, also that nothing was cut off or written anew since the last time."""
+    site = _config(context, config)
+    from cosilo_client.auditing import site_log
+    from cosilo_common.audit_reading import read_head, verified
+
+    found = site_log(site).verify(read_head(head) if head else None)
+    words = verified(found, head)
+    say_json({"entries": found.entries, "hash": found.hash}) if json else say(words)
+
+
+@app.command()
+def leave(
+    context: typer.Context,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="The run's digest, or how it begins.", show_default=False)] = None,
+    federation: Annotated[bool, typer.Option("--federation", help="Leave the federation: destroy this site's keys.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; the words are shown all the same.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Leave a run, or the federation, after saying what ends, what stays and where, and what cannot be taken back."""
+    if federation is (run is not None):
+        raise typer.BadParameter("give either RUN or --federation")
+    site = _config(context, config)
+    from cosilo_client.leaving import explain_leaving_run, leave_run, run_to_leave
+
+    if run is None:
+        _leave_federation(site, yes)
+        return
+    leaving = run_to_leave(site, run)
+    say(explain_leaving_run(site, leaving))
+    say()
+    if not yes and not ask("Leave this run?"):
+        refuse("leave run: not left; nothing was written")
+        raise typer.Exit(ExitCode.FAILED)
+    leave_run(site, leaving)
+    say(f"left {leaving.run.hex()}")
+
+
+@app.command()
+def pause(
+    context: typer.Context,
+    lasting: Annotated[str | None, typer.Option("--for", metavar="TIME", help="How long: 90m, 2h, 1d12h.", show_default=False)] = None,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="HH:MM", help="The next time that it is so late.", show_default=False)
+    ] = None,
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="For this site's log and status.", show_default=False)] = "",
+    now: Annotated[bool, typer.Option("--now", help="Stop training that runs too; what it did in this round is lost.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Train nothing until resume, or for a time: the GPU is given back, and rounds go on without this site."""
+    site = _config(context, config)
+    from cosilo_client.errands import pause_by_person
+
+    say(pause_by_person(site, lasting, until, reason, now).words)
+    say("training that runs is stopped within seconds" if now else "training that runs goes to its end; --now stops it")
+
+
+@app.command()
+def resume(context: typer.Context, config: ConfigOption = None) -> None:
+    """End a pause: the site joins the next round, or this one where it still may."""
+    site = _config(context, config)
+    from cosilo_client.errands import resume_by_person
+
+    say("resumed" if resume_by_person(site) else "was not paused")
 
 
 @app.command()
@@ -224,6 +335,26 @@ def serve(context: typer.Context, config: ConfigOption = None) -> None:
     from cosilo_client.daemon import serve as serve_site
 
     serve_site(site)
+
+
+def _leave_federation(site: SiteConfig, yes: bool) -> None:
+    from cosilo_client.leaving import explain_leaving_federation, leave_federation
+
+    say(explain_leaving_federation(site))
+    say()
+    if not yes and not ask("Leave the federation and destroy this site's keys?"):
+        refuse("leave federation: not left; nothing was changed")
+        raise typer.Exit(ExitCode.FAILED)
+    left = leave_federation(site)
+    say(f"left federation {left.federation}: this site's keys are destroyed")
+    if not left.problem:
+        say(f"the coordinator lets {left.name} in no more; its admins make that final: cosilo site revoke {left.name}")
+        return
+    refuse(f"tell the coordinator: {left.problem}")
+    note("call an admin of the federation, by telephone, and say:")
+    note(f"  site {left.name} of federation {left.federation} has left; its key was {left.fingerprint}")
+    note(f"  please run: cosilo site revoke {left.name}")
+    raise typer.Exit(ExitCode.UNREACHABLE if left.unreachable else ExitCode.FAILED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

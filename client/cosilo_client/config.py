@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cosilo_client.data.config import DataConfig
 from cosilo_client.run_terms import ROUNDS_PER_MODEL, ROUNDS_PER_MODEL_MAX
 from cosilo_common.errors import CosiloError
+from cosilo_common.identity.proxy import Proxy, parse_proxy
 from cosilo_common.manifest import PARTICIPANTS_MAX, ROUNDS_MAX, describe_validation
 from cosilo_common.telemetry import LogForm, LogLevel, parse_listen
 
@@ -123,7 +124,7 @@ class PolicyTable(_Table):
     training in one run, in all. statistics_rounds_max: statistics rounds in one run, in all, and never more than
     rounds_max. max_rounds_per_model: R8's bound where a run's manifest asks for more. cohort_min: fewest sites invited
     to a round. f_min: least f of a run, by default max(1, floor(|P| / 3)). hours: of the site's local day, in which a
-    round may begin; empty for any.
+    round begins and is trained; empty for any.
     """
 
     runs: Literal["accepted"] | Annotated[tuple[RunName, ...], Field(max_length=RUNS_MAX)] = "accepted"
@@ -163,6 +164,37 @@ class NetworkTable(_Table):
         return self
 
 
+class CoordinatorTable(_Table):
+    """The way to the coordinator; where it is, enrolment said.
+
+    proxy: of HTTP, as "http://host:port", for every connection; "" for none, whatever the environment says; left out, the
+    environment decides (https_proxy). proxy_credentials: a file of mode 0600 with user:password.
+    """
+
+    proxy: str | None = None
+    proxy_credentials: FilePath | None = None
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_a_proxy(cls, proxy: str | None) -> str | None:
+        if proxy:
+            try:
+                parse_proxy(proxy)
+            except CosiloError as error:
+                raise ValueError(f"{error.subject}; {error.hint}") from None
+        return proxy
+
+    @model_validator(mode="after")
+    def _credentials_are_for_a_proxy(self) -> Self:
+        if self.proxy_credentials is not None and not self.proxy:
+            raise ValueError("proxy_credentials without a proxy")
+        return self
+
+    def route(self) -> Proxy | None:
+        """The proxy to go through; none where the environment decides."""
+        return None if self.proxy is None else Proxy(parse_proxy(self.proxy) if self.proxy else "", self.proxy_credentials)
+
+
 class CacheTable(_Table):
     """How much of the disk fetched weights may take; the newest are kept."""
 
@@ -184,6 +216,7 @@ class SiteConfig(_Table):
     policy: PolicyTable = PolicyTable()
     log: LogTable = LogTable()
     network: NetworkTable = NetworkTable()
+    coordinator: CoordinatorTable = CoordinatorTable()
     cache: CacheTable = CacheTable()
 
 
@@ -200,10 +233,10 @@ def load_site_config(path: Path) -> SiteConfig:
         config = SiteConfig.model_validate(tomllib.loads(raw.decode("utf-8")))
     except UnicodeDecodeError:
         raise CosiloError(_READ, f"{path} is not UTF-8", "save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise CosiloError(_READ, f"{path}: {error}", "correct that line") from None
     except ValidationError as error:
         raise CosiloError(_READ, f"{path}: {describe_validation(error)}", f"see {EXAMPLE_PATH.name} for the keys") from None
+    except (ValueError, RecursionError) as error:  # no TOML, a number of thousands of digits, thousands of brackets
+        raise CosiloError(_READ, f"{path}: {error}", "correct that line") from None
     return _rooted(config, path.absolute().parent)
 
 
@@ -211,4 +244,7 @@ def _rooted(config: SiteConfig, folder: Path) -> SiteConfig:
     data = config.data
     paths = {"path": data.path, "index_file": data.index_file}
     rooted = data.model_copy(update={name: folder / path.expanduser() for name, path in paths.items() if path is not None})
-    return config.model_copy(update={"state": folder / config.state, "data": rooted})
+    way = config.coordinator
+    if way.proxy_credentials is not None:
+        way = way.model_copy(update={"proxy_credentials": folder / way.proxy_credentials.expanduser()})
+    return config.model_copy(update={"state": folder / config.state, "data": rooted, "coordinator": way})

@@ -14,10 +14,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from datetime import time as time_of_day
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 from cosilo_client.artifacts import ArtifactCache
+from cosilo_client.auditing import DAEMON, site_log
 from cosilo_client.config import SiteConfig, TrainerTable
 from cosilo_client.durable import unlink_durably, write_durably
 from cosilo_client.duties import Site
@@ -25,10 +28,13 @@ from cosilo_client.joining import PolicyAcceptance
 from cosilo_client.journal import Journal
 from cosilo_client.metrics import SiteMetrics
 from cosilo_client.participation import Participation
+from cosilo_client.pause import give_back_while, read_pause
+from cosilo_client.policy import outside_hours
 from cosilo_client.session import Session
 from cosilo_client.spending import Spending
 from cosilo_client.trainer import TrainerConfig, TrainerLink
 from cosilo_client.training import Training
+from cosilo_common.audit import AuditTrail, Note, no_note
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import Identity, load_identity
 from cosilo_common.identity.keys import public_bytes
@@ -60,12 +66,13 @@ def site_identity(state: Path) -> Identity:
     return identity
 
 
-def take_members(identity: Identity, data: bytes) -> None:
+def take_members(identity: Identity, data: bytes, note: Note = no_note) -> None:
     """Verifies a members list that came, and keeps it where it is newer. Raises CosiloError."""
     known = identity.members().version
     members = identity.take_members(data)
     if members.version > known:
         log.info("members list taken", version=members.version, members=len(members.everyone()))
+        note(DAEMON, "took a members list", version=members.version, signer=members.signer)
 
 
 def device_environment(trainer: TrainerTable) -> dict[str, str]:
@@ -104,6 +111,10 @@ async def _daemon(config: SiteConfig, supervisor: Supervisor) -> AsyncIterator[S
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(Journal.open(state, site_key=public_bytes(key)))
         metrics = SiteMetrics()
+        audit = AuditTrail(site_log(config), metrics.audit_failed)
+        stack.callback(audit.close)
+        await audit.write(DAEMON, "started", software=f"cosilo-site {version('cosilo-client')}")
+        stack.callback(audit.note, DAEMON, "stopped")
         trainer = TrainerLink(TrainerConfig(folder=state, idle_s=config.trainer.idle_s, processes=config.trainer.gpus))
         stack.push_async_callback(trainer.close)
         session = Session(
@@ -112,9 +123,12 @@ async def _daemon(config: SiteConfig, supervisor: Supervisor) -> AsyncIterator[S
             network=config.network,
             metrics=metrics,
             on_snapshot=lambda snapshot: participation.owe(snapshot),
-            on_members=lambda data: take_members(identity, data),
+            on_members=lambda data: take_members(identity, data, audit.note),
             random=random.Random(),  # noqa: S311 - jitter, no secret
+            proxy=config.coordinator.route(),
         )
+        identity.settle_trust()
+        session.show_expiry()
         spending = Spending(state)
         site = Site(
             name=identity.membership.name,
@@ -134,11 +148,18 @@ async def _daemon(config: SiteConfig, supervisor: Supervisor) -> AsyncIterator[S
             spending=spending,
             policy=config.policy,
             accept=PolicyAcceptance(identity, journal.ledger, config.policy, session.manifest, _now),
-            local_time=lambda: datetime.now().astimezone().time(),
+            local_time=_local_time,
             role_lock=asyncio.Lock(),
+            note=audit.note,
+            pause=lambda: read_pause(state, _now()),
         )
         participation = Participation(site)
         stack.push_async_callback(participation.close)
+        giving_back = asyncio.create_task(
+            give_back_while(lambda: site.pause() is not None or bool(outside_hours(config.policy, _local_time())), trainer),
+            name="give back",
+        )
+        stack.callback(giving_back.cancel)
         pulse = Pulse()
         beating = asyncio.create_task(pulse.beat_for_ever(), name="pulse")
         stack.callback(beating.cancel)
@@ -175,6 +196,10 @@ class Pulse:
         """Safe to call from any thread."""
         late_s = time.monotonic() - self._last_s
         return late_s < BEAT_LATE_S, f"the event loop turned {late_s:.1f} s ago"
+
+
+def _local_time() -> time_of_day:
+    return datetime.now().astimezone().time()
 
 
 def _now() -> datetime:

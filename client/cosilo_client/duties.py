@@ -15,17 +15,20 @@ from typing import Final, ParamSpec, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cosilo_client.auditing import DAEMON
 from cosilo_client.config import PolicyTable
 from cosilo_client.coordinator import Coordinator, UploadHeader
 from cosilo_client.due_terms import check_base_bytes, checked_encoding
-from cosilo_client.journal import Journal
+from cosilo_client.journal import LEFT, Journal
 from cosilo_client.ledger import RoundState
-from cosilo_client.owed import Activity, Owed, Phase, Progress
-from cosilo_client.policy import Refusal, least_f, refuse_round, refuse_run
+from cosilo_client.owed import Activity, DeclineCode, Owed, Phase, Progress
+from cosilo_client.pause import LOOK_S, Pause, no_pause
+from cosilo_client.policy import Refusal, least_f, refuse_going_on, refuse_round, refuse_run
 from cosilo_client.secagg import RunTerms, SiteRole, Start
 from cosilo_client.spending import Spending
 from cosilo_client.threads import in_thread
 from cosilo_client.training import TENTHS, Training, reporter
+from cosilo_common.audit import Note, no_note
 from cosilo_common.encoding import Encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest, parse_manifest
@@ -47,7 +50,8 @@ log = get_logger("cosilo.duties")
 @dataclass(frozen=True)
 class Site:
     """This site, as its duties need it. accept: accepts a run by policy, or says why not; role_lock: one call at a time
-    into the journal, over all runs; randomness: of its keys and shares."""
+    into the journal, over all runs; randomness: of its keys and shares; note: of what leaves this site, for its audit log;
+    pause: the one by hand that stands now."""
 
     name: str
     key: Ed25519PrivateKey = field(repr=False)
@@ -60,6 +64,8 @@ class Site:
     local_time: Callable[[], time]
     role_lock: asyncio.Lock
     randomness: Randomness = field(default_factory=SystemRandomness)
+    note: Note = no_note
+    pause: Callable[[], Pause | None] = no_pause
 
 
 class Unwilling(Exception):
@@ -68,6 +74,14 @@ class Unwilling(Exception):
     def __init__(self, refusal: Refusal) -> None:
         self.refusal = refusal
         super().__init__(refusal.reason)
+
+
+class WentBack(ProtocolViolation):
+    """The coordinator offers a round that this site has behind it: it was restored from a backup, most likely (R2)."""
+
+    def __init__(self, offered: int, reached: int) -> None:
+        self.reached = reached
+        super().__init__(Rule.ORDER, f"round {offered} is offered and this site has begun {reached}: the coordinator went back")
 
 
 class Duties:
@@ -93,6 +107,8 @@ class Duties:
         if owed.phase.ended:
             return await self._end(owed)
         await self._leave_earlier(owed)
+        if (owed.phase is Phase.GATHERING or owed.invited) and not owed.delivered:
+            await self._not_left(owed)
         if owed.phase is Phase.GATHERING:
             await self._willing(owed)
             return DONE
@@ -110,11 +126,11 @@ class Duties:
             case Phase.UPLOADING:
                 await self._upload(owed, role)
             case Phase.CONSENTING:
-                await self._submit(await self._call(role.consent, owed.survivors))
+                await self._consent(owed, role)
             case Phase.REVEALING:
                 if await in_thread(self._site.journal.ledger.consent, owed.run, owed.round) is None:
                     # Enough others consented before this site did. One of them may be gone by now, so this one is needed too.
-                    await self._submit(await self._call(role.consent, owed.survivors))
+                    await self._consent(owed, role)
                 await self._submit(await self._call(role.reveal, [Signed.decode(m) for m in owed.consents]))
             case _:
                 pass
@@ -129,11 +145,39 @@ class Duties:
         consented = await in_thread(self._site.journal.ledger.consent, owed.run, owed.round)
         if consented is None and not await in_thread(self._site.training.done, owed):
             assert self._start is not None  # _begun set it
-            await self._site.training.perform(owed, manifest, self._start.encoding)
+            await self._train(owed, manifest, self._start.encoding)
             return AGAIN  # the attempt may have risen meanwhile
         await self._submit(await self._call(role.advert, owed.attempt))
         self._say(owed, Activity.WAITING, TENTHS)
         return DONE
+
+    async def _train(self, owed: Owed, manifest: Manifest, encoding: Encoding) -> None:
+        """Trains, and stops at once, the trainer's process with it, where the site is paused so or its hours end."""
+        work = asyncio.create_task(self._site.training.perform(owed, manifest, encoding), name=f"train {owed.label}")
+        refusal: Refusal | None = None
+        try:
+            while refusal is None and not (await asyncio.wait({work}, timeout=LOOK_S))[0]:
+                refusal = await self._interruption(owed)
+        finally:
+            await _end_of(work)
+        if refusal is None:
+            work.result()
+        elif not await in_thread(self._site.training.done, owed):  # it may have ended in that very moment
+            raise Unwilling(refusal)
+
+    async def _interruption(self, owed: Owed) -> Refusal | None:
+        """Why training that runs is stopped; None where it goes on."""
+        pause = await in_thread(self._site.pause)
+        if pause is not None and pause.now:
+            return Refusal(DeclineCode.PAUSED, pause.words)
+        if await in_thread(self._site.journal.ledger.left_at, owed.run):
+            return Refusal(DeclineCode.NOT_ACCEPTED, LEFT)
+        return refuse_going_on(self._site.policy, self._site.local_time())
+
+    async def _consent(self, owed: Owed, role: SiteRole) -> None:
+        message = await self._call(role.consent, owed.survivors)
+        self._note(owed, "consented", attempt=owed.attempt, survivors=sorted(owed.survivors))
+        await self._submit(message)
 
     async def _upload(self, owed: Owed, role: SiteRole) -> None:
         if self._terms().secure:
@@ -150,6 +194,7 @@ class Duties:
         total_bytes = spool.stat().st_size
         await self._site.coordinator.put(header, spool, reporter(self._site.coordinator, owed, Activity.UPLOADING, total_bytes))
         await self._call(role.uploaded)
+        self._note(owed, "uploaded", kind=owed.kind.value, bytes=total_bytes)
         self._say(owed, Activity.WAITING, TENTHS)
 
     async def _end(self, owed: Owed) -> bool:
@@ -182,6 +227,25 @@ class Duties:
 
     # What stands before them
 
+    async def _not_left(self, owed: Owed) -> None:
+        """Raises Unwilling where a person withdrew this site from the run, and forgets what of this round has not gone out.
+
+        What is uploaded stands under its masks at the coordinator: this site consents and reveals as it would have, or it would cost
+        the others the round and take nothing back.
+        """
+        left = await in_thread(self._site.journal.ledger.left_at, self._run)
+        if not left:
+            return
+        entry = await in_thread(self._site.journal.ledger.round, owed.run, owed.round)
+        if entry is not None and entry.state is RoundState.OPEN:
+            if not await in_thread(self._site.journal.leaves, entry):
+                return
+            self._role = self._start = None
+            await self._call(self._site.journal.finish, entry, RoundState.ABANDONED, LEFT)
+            self._note(owed, "forgot a round of a run that it left")
+        again = f"to take part again: cosilo-site accept {self._run.hex()[:12]}"
+        raise Unwilling(Refusal(DeclineCode.NOT_ACCEPTED, f"{LEFT} at {left}; {again}"))
+
     async def _willing(self, owed: Owed) -> Manifest:
         """The accepted run's manifest, if acceptance and policy allow this round; raises Unwilling."""
         site = self._site
@@ -191,6 +255,11 @@ class Duties:
         if trained:  # the work is done and paid for: only what makes the run itself unacceptable stops it now
             refusal = refuse_run(site.policy, manifest)
         else:
+            if (pause := await in_thread(site.pause)) is not None:
+                raise Unwilling(Refusal(DeclineCode.PAUSED, pause.words))
+            begun = owed.phase is Phase.TRAINING and await in_thread(site.journal.ledger.round, owed.run, owed.round) is not None
+            if begun and (over := refuse_going_on(site.policy, site.local_time())) is not None:
+                raise Unwilling(over)
             spent = site.spending.of(self._run)
             refusal = refuse_round(site.policy, manifest, owed.kind, invited, spent, site.local_time())
         if refusal is not None:
@@ -208,6 +277,7 @@ class Duties:
                 accepted = await in_thread(site.journal.ledger.accepted, self._run)
                 if accepted is None:
                     raise CosiloError("accept run", f"{self._run.hex()[:12]}: it was not written", "see the log")
+                site.note(DAEMON, "accepted a run by policy", run=self._run.hex())
             self._manifest = await in_thread(parse_manifest, accepted.manifest)
         return self._manifest
 
@@ -225,6 +295,11 @@ class Duties:
         encoding = self._encoding(manifest, owed)
         start = Start(owed.round, owed.kind, owed.invited_sites, owed.base_digest, encoding, encoding.digest())
         if start != self._start:
+            last = await in_thread(self._site.journal.ledger.last_round, self._run)
+            if last is not None and last.round == owed.round and last.outcome == LEFT:
+                raise Unwilling(Refusal(DeclineCode.NOT_ACCEPTED, f"{LEFT} in this round and is accepted again: it joins the next"))
+            if last is not None and (last.round > owed.round or (last.round == owed.round and last.state is not RoundState.OPEN)):
+                raise WentBack(owed.round, last.round)
             entry = await self._call(self._role.begin, start)
             self._start = start
             log.info("round begun", round=owed.label, kind=owed.kind.value, invited=len(entry.invited), resumed=entry.phase.name)
@@ -264,5 +339,23 @@ class Duties:
         await self._site.coordinator.submit(message.encode())
         log.info("sent", what=message.type.value, round=f"{message.run.hex()[:12]}/{message.round}", attempt=message.attempt)
 
+    def _note(self, owed: Owed, what: str, /, **detail: object) -> None:
+        self._site.note(DAEMON, what, run=owed.run.hex(), round=owed.round, **detail)
+
     def _say(self, owed: Owed, activity: Activity, tenths: int) -> None:
         self._site.coordinator.say(Progress(owed.run, owed.round, activity, tenths))
+
+
+async def _end_of(work: asyncio.Task[None]) -> None:
+    """Cancels work and waits for its end, whoever cancels the wait meanwhile: two trainings of one round must not meet."""
+    cancelled = False
+    work.cancel()
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    if not work.cancelled():
+        work.exception()  # seen, so that asyncio does not warn of it

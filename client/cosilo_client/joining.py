@@ -53,6 +53,7 @@ def accept_as_person(identity: Identity, ledger: Ledger, candidate: Candidate, n
     now: aware, for people. Raises CosiloError where this site is no participant, or an admin's key is one.
     """
     _accept(identity, ledger, candidate, AcceptedBy.PERSON, now)
+    ledger.rejoin(candidate.run, at=now.isoformat())
     for name, key in candidate.manifest.participant_keys().items():
         ledger.pin(name, key, pinned_at=now.isoformat())
 
@@ -89,6 +90,8 @@ class PolicyAcceptance:
                     self._unlisted.add(run)
                 return refuse_unlisted(run)
             self._candidates[run] = candidate  # few: only runs that the policy names
+        if left := self._ledger.left_at(run):
+            return Refusal(DeclineCode.NOT_ACCEPTED, f"a person left it at {left}: only a person accepts it again")
         candidate = self._candidates[run]
         refusal = refuse_unasked(self._policy, run, candidate.manifest, self._ledger.pins())
         if refusal is None:

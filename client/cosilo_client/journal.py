@@ -15,6 +15,8 @@ import fcntl
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -23,14 +25,17 @@ from sqlalchemy import Engine
 
 from cosilo_client.durable import make_folder, remove_folder, unlink_durably, write_durably
 from cosilo_client.incarnation import Incarnation
-from cosilo_client.ledger import SCHEMA_VERSION, Ledger, Phase, RoundEntry, RoundState, tables
+from cosilo_client.ledger import SCHEMA_VERSION, UPGRADES, Ledger, Phase, RoundEntry, RoundState, tables
 from cosilo_client.vault import Vault
 from cosilo_common.database import open_database, prepare_schema
 from cosilo_common.errors import CosiloError
 from cosilo_common.secagg.keys import Randomness, SystemRandomness
+from cosilo_common.transfer import is_digest
 
 DATABASE_NAME: Final = "state.db"
+ROUNDS_FOLDER: Final = "rounds"
 LOCK_NAME: Final = "journal.lock"
+LEFT: Final = "this site left the run"
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Journal:
     def __init__(self, folder: Path, engine: Engine, lock: int, randomness: Randomness) -> None:
         self._engine = engine
         self._lock = lock
-        self._rounds = folder / "rounds"
+        self._rounds = folder / ROUNDS_FOLDER
         self._incarnation = Incarnation(engine, folder / "incarnation", randomness)
         self.writing = threading.RLock()
         """Held where one thread checks the ledger and then writes: a site may be in rounds of several runs at once."""
@@ -146,6 +151,10 @@ class Journal:
         self.ledger.finish_round(entry.run, entry.round, state, outcome)
         self._forget(entry.run)
 
+    def leaves(self, entry: RoundEntry) -> bool:
+        """Whether this site has left the run while nothing of this round had gone out: then nothing does."""
+        return entry.phase < Phase.UPLOADED and bool(self.ledger.left_at(entry.run))
+
     def advance(self) -> None:
         """Outdates every backup of this folder; see cosilo_client.incarnation."""
         with self.writing:
@@ -171,8 +180,9 @@ class Journal:
         files = self.files(run)
         if not files.facts.exists():
             return None
-        facts = json.loads(files.facts.read_bytes())
-        update = TrainedUpdate(**{**facts, "losses": tuple(facts["losses"])})
+        update = _facts(files.facts.read_bytes())
+        if update is None:
+            return None  # a disk changed it: what it said of the update is lost, so that is trained again
         whole = files.update.exists() or not update.has_vector
         return update if whole and update.round == round_ else None
 
@@ -184,10 +194,15 @@ class Journal:
         """Brings files to what the ledger says: each step is one that a crash can have cut off after its commit."""
         open_runs = {entry.run: entry for entry in self.ledger.open_rounds()}
         for folder in self._rounds.iterdir():
+            if not is_digest(folder.name):
+                continue  # lost+found, or what a file system leaves beside an open file: not ours
             run = bytes.fromhex(folder.name)
             if run not in open_runs:
                 self._forget(run)
         for entry in open_runs.values():
+            if self.leaves(entry):
+                self.finish(entry, RoundState.ABANDONED, LEFT)
+                continue
             make_folder(self.files(entry.run).folder)
             if entry.attempt == 0:
                 self.vault.forget(entry.run)  # sealed before the first advert: the last round's
@@ -211,15 +226,37 @@ class Journal:
             files.discard_update()
 
 
+def _facts(data: bytes) -> TrainedUpdate | None:
+    try:
+        facts = json.loads(data)
+        losses = tuple(float(loss) for loss in facts.pop("losses"))
+        update = TrainedUpdate(**facts, losses=losses)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # whatever does not fit where it is read
+        return None
+    numbers = (update.round, update.offset_bytes, update.weight)
+    sound = all(type(number) is int for number in numbers) and type(update.has_vector) is bool
+    return update if sound and update.round >= 1 and update.offset_bytes >= 0 and update.weight >= 1 else None
+
+
 def open_ledger(folder: Path) -> Ledger:
     """The ledger alone, for `cosilo-site accept`, `status` and `audit`: no lock, so the daemon may run."""
     make_folder(folder)
     return Ledger(_open_state(folder))
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Holds the daemon's lock and opens nothing. Raises CosiloError where a daemon runs, naming its pid."""
+    lock = _take_lock(folder / LOCK_NAME)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def _open_state(folder: Path) -> Engine:
     engine = open_database(folder / DATABASE_NAME, synchronous="FULL")
-    prepare_schema(engine, tables, SCHEMA_VERSION)
+    prepare_schema(engine, tables, SCHEMA_VERSION, UPGRADES)
     return engine
 
 

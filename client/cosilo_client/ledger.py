@@ -30,6 +30,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     event,
+    func,
     insert,
     select,
     update,
@@ -40,7 +41,7 @@ from sqlalchemy.exc import IntegrityError
 from cosilo_common.database import reading
 from cosilo_common.errors import CosiloError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 tables = MetaData()
 
@@ -111,6 +112,16 @@ _permits = Table(
     Column("rounds", Integer, CheckConstraint("rounds >= 1"), nullable=False),
     Column("permitted_at", String, nullable=False),
 )
+# A person's word that this site leaves an accepted run, or takes part in it again; of each run the newest row counts.
+_departures = Table(
+    "departures",
+    tables,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("run", LargeBinary(32), nullable=False),
+    Column("left", Boolean, nullable=False),
+    Column("at", String, nullable=False),  # RFC 3339, for people
+    ForeignKeyConstraint(["run"], ["accepted_runs.run"]),
+)
 
 
 def _refusing(verb: str) -> Callable[..., None]:
@@ -131,16 +142,21 @@ for _kept, _verbs in (
     (_rounds, ("DELETE",)),
     (_consents, ("DELETE", "UPDATE")),
     (_uploads, ("DELETE", "UPDATE")),
+    (_departures, ("DELETE", "UPDATE")),
 ):
     for _verb in _verbs:
         event.listen(_kept, "after_create", _refusing(_verb))
 
+
+UPGRADES: Final[Mapping[int, Callable[[Connection], None]]] = MappingProxyType({1: _departures.create})
+"""By version: what makes the next one, in one transaction. No copy is left beside it: a site's ledger is never put back."""
 
 # What every step of a round asks, made once: building such a statement takes longer than running it.
 _OF_RUN: Final = _rounds.c.run == bindparam("of_run")
 _ROUND: Final = select(_rounds).where(_OF_RUN, _rounds.c.round == bindparam("of_round"))
 _LAST_ROUND: Final = select(_rounds).where(_OF_RUN).order_by(_rounds.c.round.desc()).limit(1)
 _CONSENT: Final = select(_consents).where(_consents.c.run == bindparam("of_run"), _consents.c.round == bindparam("of_round"))
+_LEFT: Final = select(_departures).where(_departures.c.run == bindparam("of_run")).order_by(_departures.c.id.desc()).limit(1)
 _UPLOADED_FOR: Final = select(_uploads).where(_uploads.c.base_digest == bindparam("of_base"))
 _PERMITTED_FOR: Final = select(_permits.c.rounds).where(_permits.c.base_digest == bindparam("of_base"))
 
@@ -260,6 +276,26 @@ class Ledger:
             rows = connection.execute(select(_runs.c.run).order_by(_runs.c.accepted_at, _runs.c.run)).scalars().all()
             found = (self._accepted(connection, run) for run in rows)
             return tuple(entry for entry in found if entry is not None)
+
+    def leave(self, run: bytes, *, at: str) -> None:
+        """Withdraws an acceptance, which stays written: what was signed under it was signed. Left twice changes nothing."""
+        self._depart(run, left=True, at=at)
+
+    def rejoin(self, run: bytes, *, at: str) -> None:
+        """Takes part again in a run that was left; in one that was not, changes nothing."""
+        self._depart(run, left=False, at=at)
+
+    def left_at(self, run: bytes) -> str:
+        """When this site left a run; empty where it did not, or takes part again."""
+        with reading(self._engine) as connection:
+            row = connection.execute(_LEFT, {"of_run": run}).one_or_none()
+            return row.at if row is not None and row.left else ""
+
+    def _depart(self, run: bytes, *, left: bool, at: str) -> None:
+        with self._engine.begin() as connection:
+            row = connection.execute(_LEFT, {"of_run": run}).one_or_none()
+            if (row is not None and row.left) is not left:
+                connection.execute(insert(_departures).values(run=run, left=left, at=at))
 
     def pin(self, name: str, key: bytes, *, pinned_at: str) -> None:
         """Pins a site's key for automatic acceptance; a person's new pin replaces the old one."""
@@ -390,6 +426,11 @@ class Ledger:
         with reading(self._engine) as connection:
             rows = connection.execute(_UPLOADED_FOR, {"of_base": base_digest}).all()
             return tuple(ModelUpload(bytes(row.run), row.round, bytes(row.cohort)) for row in rows)
+
+    def upload_count(self, run: bytes) -> int:
+        """In how many rounds of a run this site signed an upload that is not a rehearsal's."""
+        with reading(self._engine) as connection:
+            return int(connection.execute(select(func.count()).select_from(_uploads).where(_uploads.c.run == run)).scalar_one())
 
     def base_models(self) -> tuple[bytes, ...]:
         """Every base model, across all runs, that this site began a round from; in no order."""

@@ -30,7 +30,11 @@ class SiteMetrics:
             namespace=PREFIX,
             registry=self.registry,
         )
+        self._audit_failures = Counter(
+            "audit_failures", "Entries that could not be written to the audit log.", namespace=PREFIX, registry=self.registry
+        )
         self._connected = self._gauge("connected", "1 while the coordinator is connected, else 0.")
+        self._ca_expiry = self._gauge("ca_expiry_timestamp_seconds", "When the federation's root certificate ends, in UTC seconds.")
         self._expiry = self._gauge("certificate_expiry_timestamp_seconds", "When this site's TLS certificate ends, in UTC seconds.")
 
     def trained(self, loss: float, images: int, images_per_second: float) -> None:
@@ -47,6 +51,10 @@ class SiteMetrics:
         """The trainer process died, or ran out of memory, and was started again so many times."""
         self._restarts.inc(times)
 
+    def audit_failed(self) -> None:
+        """An entry is missing from the audit log."""
+        self._audit_failures.inc()
+
     def connected(self, is_connected: bool) -> None:
         """Whether the coordinator answers on the stream."""
         self._connected.set(1 if is_connected else 0)
@@ -54,6 +62,10 @@ class SiteMetrics:
     def certificate_expires(self, at: datetime) -> None:
         """at: aware."""
         self._expiry.set(at.timestamp())
+
+    def ca_expires(self, at: datetime) -> None:
+        """at: aware; of the newest root that this site trusts."""
+        self._ca_expiry.set(at.timestamp())
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, namespace=PREFIX, registry=self.registry)

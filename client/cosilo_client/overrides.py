@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from cosilo_client.auditing import by_person
 from cosilo_client.config import SiteConfig
 from cosilo_client.daemon import site_identity
 from cosilo_client.incarnation import FolderWentBack
@@ -92,6 +93,7 @@ def explain_permit(model: BaseModel, rounds: int) -> str:
 
 def permit_model(config: SiteConfig, model: BaseModel, rounds: int) -> None:
     """Writes the permit; a running daemon asks for it at the next round."""
+    by_person(config, "permit", model=model.digest.hex(), rounds=rounds)
     open_ledger(config.state).permit_model(model.digest, rounds, permitted_at=datetime.now(UTC).isoformat())
 
 
@@ -139,6 +141,7 @@ def words_of_vouch(config: SiteConfig) -> str:
 
 def vouch_for_folder(config: SiteConfig) -> None:
     """Binds the folder to this site's key again. Raises CosiloError where the daemon runs or the ledger is gone."""
+    by_person(config, "vouch for the state folder")
     _open(config, vouched=True)
 
 

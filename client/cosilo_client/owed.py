@@ -95,8 +95,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Decline:
-    """This site does not take part, or not further, in a round."""
+    """This site does not take part, or not further, in a round. reached: see site.proto."""
 
     run: bytes
     round: int
     code: DeclineCode
+    reached: int = 0

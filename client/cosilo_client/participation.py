@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy.exc import DatabaseError
 
 from cosilo_client.coordinator import Refused, Unreachable
-from cosilo_client.duties import Duties, Site, Unwilling
+from cosilo_client.duties import Duties, Site, Unwilling, WentBack
 from cosilo_client.owed import Activity, Decline, DeclineCode, Owed, Phase, Progress
 from cosilo_client.trainer.jobs import FailureCode, TrainerFailed
 from cosilo_common.errors import CosiloError
@@ -140,7 +140,8 @@ class RunWork:
             log.warning("could not be sent", round=owed.label, phase=owed.phase.name, reason=str(error))
             return RETRY_S
         except ProtocolViolation as error:
-            self._give_up(owed, DeclineCode.PROTOCOL, str(error), (owed.round, owed.attempt, owed.phase))
+            reached = error.reached if isinstance(error, WentBack) else 0
+            self._give_up(owed, DeclineCode.PROTOCOL, str(error), (owed.round, owed.attempt, owed.phase), reached)
             return None
         except (CosiloError, OSError) as error:
             self._give_up(owed, code_of(error), str(error), (owed.round,))
@@ -156,15 +157,15 @@ class RunWork:
             self._give_up(owed, DeclineCode.TRAINER, type(error).__name__, (owed.round,))
             return None
 
-    def _give_up(self, owed: Owed, code: DeclineCode, reason: str, key: tuple[object, ...]) -> None:
+    def _give_up(self, owed: Owed, code: DeclineCode, reason: str, key: tuple[object, ...], reached: int = 0) -> None:
         self._given_up.add(key)
-        self._decline(owed, code, reason)
+        self._decline(owed, code, reason, reached)
 
-    def _decline(self, owed: Owed, code: DeclineCode, reason: str) -> None:
+    def _decline(self, owed: Owed, code: DeclineCode, reason: str, reached: int = 0) -> None:
         if self._said != (owed.round, code, reason):
             self._said = (owed.round, code, reason)
             log.warning("declined", round=owed.label, code=code.name, reason=reason)
-        self._site.coordinator.say(Decline(owed.run, owed.round, code))
+        self._site.coordinator.say(Decline(owed.run, owed.round, code, reached))
 
 
 def piece_of(owed: Owed | None) -> tuple[object, ...]:

@@ -73,8 +73,7 @@ def refuse_round(policy: PolicyTable, manifest: Manifest, kind: RoundKind, invit
         return refusal
     if invited < policy.cohort_min:
         return _no(f"{invited} sites are invited and this site's least is {policy.cohort_min}")
-    if policy.hours and not any(span.holds(now) for span in policy.hours):
-        spans = ", ".join(f"{span.start:%H:%M}-{span.end:%H:%M}" for span in policy.hours)
+    if spans := outside_hours(policy, now):
         return _no(f"it is {now:%H:%M} and rounds begin within {spans}")
     if kind is RoundKind.TRAIN and spent.rounds >= policy.rounds_max:
         return _no(f"{spent.rounds} rounds are trained and this site's most is {policy.rounds_max}")
@@ -84,6 +83,22 @@ def refuse_round(policy: PolicyTable, manifest: Manifest, kind: RoundKind, invit
     if kind is RoundKind.TRAIN and spent.seconds >= policy.hours_max * 3600:
         return _no(f"{spent.seconds / 3600:.1f} hours are trained and this site's most is {policy.hours_max:g}")
     return None
+
+
+def refuse_going_on(policy: PolicyTable, now: time) -> Refusal | None:
+    """Why a round that this site has begun is not trained further now; None where it is.
+
+    A round that begins outside the hours is declined by `refuse_round`; one that was begun within them is paused.
+    """
+    words = outside_hours(policy, now)
+    return Refusal(DeclineCode.PAUSED, f"it is {now:%H:%M} and this site trains within {words}") if words else None
+
+
+def outside_hours(policy: PolicyTable, now: time) -> str:
+    """The hours of [policy], where a local time of day lies outside them; empty where it does not."""
+    if not policy.hours or any(span.holds(now) for span in policy.hours):
+        return ""
+    return ", ".join(f"{span.start:%H:%M}-{span.end:%H:%M}" for span in policy.hours)
 
 
 def is_listed(policy: PolicyTable, run: bytes, name: str) -> bool:

@@ -20,6 +20,7 @@ from cosilo_client.config import GIB, SiteConfig
 from cosilo_client.coordinator import Refused
 from cosilo_client.daemon import device_environment, site_identity
 from cosilo_client.data import census, open_source
+from cosilo_client.obstacles import explain, trusted_roots
 from cosilo_client.transport import Transport
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.certificates import CHAIN_BYTES_MAX
@@ -109,7 +110,8 @@ async def _coordinator(config: SiteConfig, identity: Identity) -> list[Finding]:
     address = identity.membership.address
     findings: list[Finding] = []
     try:
-        transport = Transport.open(address, identity.tls, timeout_s=config.network.timeout_s, stall_s=config.network.stall_s)
+        network, way = config.network, config.coordinator.route()
+        transport = Transport.open(address, identity.tls, timeout_s=network.timeout_s, stall_s=network.stall_s, proxy=way)
     except CosiloError as error:
         return [_failed("coordinator", error)]
     try:
@@ -130,6 +132,7 @@ async def _coordinator(config: SiteConfig, identity: Identity) -> list[Finding]:
         findings.append(Finding("membership", Outcome.FAILED, error.subject, hint))
     except CosiloError as error:
         what = "membership" if findings else "coordinator"
+        error = await explain(error, address, identity.membership.federation, trusted_roots(identity.tls), way)
         findings.append(_failed(what, error, f"check the address {address}, the firewall and the coordinator"))
     finally:
         await transport.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +24,19 @@ from cosilo_client.backoff import Backoff
 from cosilo_client.config import NetworkTable
 from cosilo_client.coordinator import OnBytes, Refused, SignedRun, Unreachable, UploadHeader
 from cosilo_client.metrics import SiteMetrics
+from cosilo_client.obstacles import explain, trusted_roots
 from cosilo_client.owed import Decline, Owed, Progress
 from cosilo_client.threads import in_thread, opened_in_thread
 from cosilo_client.transport import AttendCall, Transport, failure, failure_of
 from cosilo_client.wire import RUNS_MAX, hello, owed_from, statement_to
 from cosilo_common.errors import CosiloError
+from cosilo_common.identity.certificates import CHAIN_BYTES_MAX, read_chain
 from cosilo_common.identity.folder import Identity
-from cosilo_common.identity.renewal import renewal_due, renewal_request, take_renewed
+from cosilo_common.identity.proxy import Proxy
+from cosilo_common.identity.renewal import renewal_due, renewal_request, superseded, take_renewed
+from cosilo_common.identity.secret_files import read_public
 from cosilo_common.identity.tls import check_tls_files
+from cosilo_common.protocol_version import PROTOCOL_VERSION, version_gap
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.telemetry import get_logger
 from cosilo_common.transfer import FileSource, Refusal, TransferError
@@ -40,6 +46,9 @@ CORRUPT_MAX: Final = 3  # fetches whose bytes had another digest: a link corrupt
 STABLE_S: Final = 10.0  # a connection that stood for less is one more failure: a revoked site must not come each second
 RENEWAL_LOOK_S: Final = 3600.0  # and at each connecting; a third of a certificate's life is weeks
 SAY_INTERVAL_S: Final = 0.2  # between messages about progress: a transfer moves hundreds of chunks a second
+SUPERSEDED_WORDS: Final = (
+    "this site's certificate is of the federation's old CA: if that was retired meanwhile, enrol again with a new invitation of an admin"
+)
 
 log = get_logger("cosilo.session")
 Answer = TypeVar("Answer")
@@ -61,6 +70,7 @@ class Session:
         on_snapshot: Callable[[Sequence[Owed]], None],
         on_members: Callable[[bytes], None],
         random: random.Random,
+        proxy: Proxy | None = None,
     ) -> None:
         self._identity = identity
         self._cache = cache
@@ -72,6 +82,8 @@ class Session:
         self._transport: Transport | None = None
         self._connected = asyncio.Event()
         self._connected_at = self._stood_s = 0.0
+        self._proxy = proxy
+        self._renewed = False  # a certificate that the coordinator was not shown yet
         self._said: dict[bytes, Progress | Decline] = {}
         self._to_say = asyncio.Event()
         self._reason = "starting"
@@ -93,6 +105,8 @@ class Session:
                 error = raised
             except Exception:  # a fault of this program must not end the daemon's one link to its federation
                 log.exception("session failed unexpectedly")
+            if error is not None:
+                error = await self._in_words(error)
             failures = 1 if self._stood_s >= STABLE_S else failures + 1
             wait_s = self._backoff.wait_s(failures)
             self._explain(error, wait_s)
@@ -154,12 +168,7 @@ class Session:
     # One connection
 
     async def _attend(self) -> None:
-        transport = Transport.open(
-            self._identity.membership.address,
-            self._identity.tls,
-            timeout_s=self._network.timeout_s,
-            stall_s=self._network.stall_s,
-        )
+        transport = self._open()
         call = transport.attend()
         try:
             async with asyncio.timeout(self._network.timeout_s):
@@ -167,6 +176,8 @@ class Session:
                 first = await call.read()
             if not isinstance(first, site_pb2.AttendResponse):
                 raise Unreachable("attend", "the coordinator ended the stream at once")
+            if gap := version_gap(PROTOCOL_VERSION, first.protocol_version):
+                raise Refused("attend", gap, "FAILED_PRECONDITION")
             self._connect(transport, first)
             await self._converse(call, transport, first)
         except grpc.aio.AioRpcError as error:
@@ -180,17 +191,40 @@ class Session:
             call.cancel()
             await transport.close()
 
+    def _open(self) -> Transport:
+        return Transport.open(
+            self._identity.membership.address,
+            self._identity.tls,
+            timeout_s=self._network.timeout_s,
+            stall_s=self._network.stall_s,
+            proxy=self._proxy,
+        )
+
+    async def _in_words(self, error: CosiloError) -> CosiloError:
+        membership, tls = self._identity.membership, self._identity.tls
+        return await explain(error, membership.address, membership.federation, trusted_roots(tls), self._proxy)
+
     def _connect(self, transport: Transport, first: site_pb2.AttendResponse) -> None:
         self._hand_on(first)
         self._transport = transport
         self._connected_at = asyncio.get_running_loop().time()
         self._connected.set()
         self._metrics.connected(True)
+        self._renewed = False  # this connection shows what is in the folder
+        self.show_expiry()
         try:
-            self._metrics.certificate_expires(check_tls_files(self._identity.tls, datetime.now(UTC)).not_after)
+            check_tls_files(self._identity.tls, datetime.now(UTC))
         except CosiloError as error:  # the coordinator took it, so it is good enough; a clock may be wrong
             log.warning("certificate", problem=str(error))
         log.info("connected", address=self._identity.membership.address)
+
+    def show_expiry(self) -> None:
+        """Puts into the metrics when this site's certificate and its federation's CA end, connected or not."""
+        with suppress(CosiloError):
+            leaf = read_chain(read_public(self._identity.tls.certificate, CHAIN_BYTES_MAX))[0]
+            self._metrics.certificate_expires(leaf.not_valid_after_utc)
+            newest = read_chain(read_public(self._identity.tls.ca, CHAIN_BYTES_MAX))[0]
+            self._metrics.ca_expires(newest.not_valid_after_utc)
 
     def _disconnected(self) -> None:
         if self._connected.is_set():
@@ -202,20 +236,20 @@ class Session:
     async def _converse(self, call: AttendCall, transport: Transport, first: site_pb2.AttendResponse) -> None:
         """Reads snapshots and says what there is to say, until the stream ends; raises CosiloError with the reason."""
         ended: CosiloError | None = None
-        news = asyncio.Event()
+        news, looked = asyncio.Event(), asyncio.Event()
         news.set()
         async with asyncio.TaskGroup() as group:
             beside = [
                 group.create_task(self._speak(call), name="attend: speak"),
-                group.create_task(self._take_members(transport, news), name="members"),
-                group.create_task(self._renew_for_ever(transport), name="renewal"),
+                group.create_task(self._take_members(transport, news, looked), name="members"),
+                group.create_task(self._renew_for_ever(transport, looked), name="renewal"),
             ]
             try:
-                seen = first.members_version
+                seen, trusted = first.members_version, first.trust_version
                 while isinstance(response := await call.read(), site_pb2.AttendResponse):
                     self._hand_on(response)
-                    if response.members_version > seen:
-                        seen = response.members_version
+                    if response.members_version > seen or response.trust_version > trusted:
+                        seen, trusted = response.members_version, response.trust_version
                         news.set()
             except grpc.aio.AioRpcError as error:
                 ended = failure("attend", error)
@@ -239,27 +273,49 @@ class Session:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the reading side finds out why
 
-    async def _take_members(self, transport: Transport, news: asyncio.Event) -> None:
+    async def _take_members(self, transport: Transport, news: asyncio.Event, looked: asyncio.Event) -> None:
+        """Takes the members list and, once its admins are known, the trust document; then the certificate is looked at."""
         while await news.wait():
             news.clear()
             try:
-                data = await transport.members()
+                data, trust = await transport.announced()
                 await in_thread(self._on_members, data)
+                await in_thread(self._identity.take_trust, trust)
+                self.show_expiry()
             except CosiloError as error:
-                log.warning("members list not taken", reason=str(error))
+                log.warning("members list or trust document not taken", reason=str(error))
+            looked.set()
 
-    async def _renew_for_ever(self, transport: Transport) -> None:
-        """Renews the certificate when it is due; this connection goes on, and the next one shows the new certificate."""
+    async def _renew_for_ever(self, transport: Transport, looked: asyncio.Event) -> None:
+        """Renews the certificate when it is due, or of a CA that goes; this connection goes on, and a short one shows the new."""
         while True:
+            with suppress(TimeoutError):  # the trust document first: a new CA's certificate is not taken without it
+                async with asyncio.timeout(RENEWAL_LOOK_S):  # `wait_for` loses a cancellation that comes with the event (Python 3.11)
+                    await looked.wait()
+            looked.clear()
             try:
-                if await in_thread(renewal_due, self._identity, datetime.now(UTC)):
+                if await in_thread(self._is_due):
                     chain = await transport.renew(await in_thread(renewal_request, self._identity))
                     ends = await in_thread(take_renewed, self._identity, chain, datetime.now(UTC))
+                    self._renewed = True
                     self._metrics.certificate_expires(ends)
                     log.info("certificate renewed", until=ends.isoformat())
+                if self._renewed:
+                    await self._show_renewed()
             except CosiloError as error:
                 log.warning("certificate not renewed", reason=str(error))
-            await asyncio.sleep(RENEWAL_LOOK_S)
+
+    def _is_due(self) -> bool:
+        return renewal_due(self._identity, datetime.now(UTC)) or superseded(self._identity)
+
+    async def _show_renewed(self) -> None:
+        """Shows the coordinator the new certificate on a connection of its own: from then on it knows that it may stop taking the old."""
+        transport = self._open()
+        try:
+            await transport.announced()
+            self._renewed = False
+        finally:
+            await transport.close()
 
     def _hand_on(self, response: site_pb2.AttendResponse) -> None:
         owed = []
@@ -299,6 +355,8 @@ class Session:
         self._reason = str(error)
         try:
             check_tls_files(self._identity.tls, datetime.now(UTC))
+            if isinstance(error, Unreachable) and superseded(self._identity):
+                self._reason += f"; {SUPERSEDED_WORDS}"
         except CosiloError as found:
             self._reason = str(found)
         level = log.error if isinstance(error, Refused) else log.warning

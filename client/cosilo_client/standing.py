@@ -9,12 +9,14 @@ import json
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from cosilo_client.config import SiteConfig
 from cosilo_client.daemon import ENDPOINTS_FILE, site_identity
 from cosilo_client.journal import open_ledger
+from cosilo_client.pause import read_pause
 from cosilo_client.spending import Spending
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.certificates import CHAIN_BYTES_MAX
@@ -41,13 +43,15 @@ class RunStanding:
     state: str
     reached: str
     outcome: str
+    left_at: str
     rounds_trained: int
     hours_trained: float
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The whole answer of `status`. daemon: running or stopped; connected: null where it cannot be asked."""
+    """The whole answer of `status`. daemon: running or stopped; connected: null where it cannot be asked; paused: the
+    pause by hand that stands, in words."""
 
     site: str
     federation: str
@@ -58,6 +62,7 @@ class Standing:
     daemon: str
     connected: bool | None
     connection: str
+    paused: str | None
     runs: tuple[RunStanding, ...]
 
     def plain(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ def standing(config: SiteConfig) -> Standing:
         daemon="stopped" if connected is None else "running",
         connected=connected,
         connection=connection,
+        paused=pause.words if (pause := read_pause(config.state, datetime.now(UTC))) else None,
         runs=_runs(config.state),
     )
 
@@ -123,6 +129,7 @@ def _runs(state: Path) -> tuple[RunStanding, ...]:
                 state=last.state.value if last else "",
                 reached=last.phase.name.lower() if last else "",
                 outcome=last.outcome if last else "",
+                left_at=ledger.left_at(accepted.run),
                 rounds_trained=spent.rounds,
                 hours_trained=round(spent.seconds / 3600, 3),
             )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import TextIO
 
-from cosilo_common.errors import CosiloError, printable
+from cosilo_common.errors import CosiloError, one_line, printable
 
 
 class ExitCode(IntEnum):
@@ -52,7 +52,7 @@ def explain(error: CosiloError) -> None:
 
 def columns(rows: Iterable[tuple[str, ...]]) -> None:
     """Rows of cells, each column as wide as its widest cell."""
-    table = list(rows)
+    table = [tuple(map(one_line, row)) for row in rows]
     widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))] if table else []
     for row in table:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -18,6 +18,7 @@ from cosilo_client.coordinator import OnBytes, Refused, SignedRun, Unreachable, 
 from cosilo_client.threads import in_thread
 from cosilo_client.wire import chunk_from, frame_chunk
 from cosilo_common.errors import CosiloError
+from cosilo_common.identity.proxy import Proxy
 from cosilo_common.identity.tls import TlsFiles, federation_channel
 from cosilo_common.rpc.v1 import site_pb2, site_pb2_grpc
 from cosilo_common.transfer import FileSink, FileSource
@@ -62,9 +63,9 @@ class Transport:
         )
 
     @classmethod
-    def open(cls, address: str, tls: TlsFiles, *, timeout_s: float, stall_s: float) -> Self:
+    def open(cls, address: str, tls: TlsFiles, *, timeout_s: float, stall_s: float, proxy: Proxy | None = None) -> Self:
         """A new channel, with the certificate files as they are now. Raises CosiloError where they cannot be used."""
-        return cls(federation_channel(address, tls), timeout_s=timeout_s, stall_s=stall_s)
+        return cls(federation_channel(address, tls, proxy), timeout_s=timeout_s, stall_s=stall_s)
 
     async def close(self) -> None:
         """Gives the channel up, and every call on it."""
@@ -136,9 +137,13 @@ class Transport:
 
     async def members(self) -> bytes:
         """The newest members list, not verified."""
+        return (await self.announced())[0]
+
+    async def announced(self) -> tuple[bytes, bytes]:
+        """The newest members list, and the newest trust document (empty where there is none), neither verified."""
         call = self._stub.GetMembers(site_pb2.GetMembersRequest(), timeout=self._timeout_s)
-        members: bytes = (await self._unary("fetch members", call)).members
-        return members
+        answer: site_pb2.GetMembersResponse = await self._unary("fetch members", call)
+        return answer.members, answer.trust
 
     async def renew(self, csr: bytes) -> bytes:
         """The next certificate chain (PEM) for a request (PKCS#10, DER), not checked."""
@@ -147,6 +152,10 @@ class Transport:
             await self._unary("renew certificate", self._stub.RenewCertificate(request, timeout=self._timeout_s))
         ).certificate_chain
         return chain
+
+    async def leave(self) -> None:
+        """Leaves the federation: when this returns the coordinator has barred this site, and answers no further call."""
+        await self._unary("leave", self._stub.Leave(site_pb2.LeaveRequest(), timeout=self._timeout_s))
 
     async def serving(self) -> bool:
         """What the coordinator's standard health service says of itself."""

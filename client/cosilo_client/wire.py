@@ -14,10 +14,10 @@ from cosilo_common.canonical import check_name
 from cosilo_common.errors import CosiloError
 from cosilo_common.framing import data_of, frame_data
 from cosilo_common.manifest import ROUNDS_MAX
+from cosilo_common.protocol_version import PROTOCOL_VERSION
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import ATTEMPTS_MAX, RoundKind
 
-PROTOCOL_VERSION: Final = 1
 RUNS_MAX: Final = 1000  # assignments in one snapshot: runs of a site's whole life
 DIGEST_BYTES: Final = 32
 REASON_CHARS_MAX: Final = 1000  # for the log
@@ -77,7 +77,7 @@ def statement_to(said: Progress | Decline) -> site_pb2.AttendRequest:
     """What this site says of itself."""
     if isinstance(said, Decline):
         code = site_pb2.DeclineCode.ValueType(said.code)
-        return site_pb2.AttendRequest(decline=site_pb2.Decline(run=said.run, round=said.round, code=code))
+        return site_pb2.AttendRequest(decline=site_pb2.Decline(run=said.run, round=said.round, code=code, reached=said.reached))
     return site_pb2.AttendRequest(
         progress=site_pb2.Progress(
             run=said.run,

@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import quote
 
 from sqlalchemy import (
     Column,
@@ -40,6 +41,9 @@ BUSY_TIMEOUT_MS: Final = 10_000
 """How long a transaction waits for another's: they take milliseconds, so 10 s means that a process hangs."""
 
 FILE_MODE: Final = 0o600
+FOUND_CHARS_MAX: Final = 200  # of what SQLite says of a damaged file
+WHERE_DAMAGED: Final = "where the disk or a copy damaged it, see docs/operating/recover.md"
+_HEADER_BYTES: Final = 100
 _BEGIN_OPTION: Final = "cosilo_begin"
 
 _version_metadata = MetaData()
@@ -51,8 +55,8 @@ def open_database(location: Path | str, *, synchronous: Literal["FULL", "NORMAL"
 
     location: a path, or a URL `sqlite:///PATH`. synchronous: FULL where a commit must survive a power cut before
     anything that follows from it is said (PROTOCOL R5); NORMAL where losing the last commits costs only work. The
-    file's -wal and -shm take its mode. Raises CosiloError where the folder cannot be written or the file is not a
-    database.
+    file's -wal and -shm take its mode. Raises CosiloError where the folder cannot be written, or the file is not a
+    database, or not a whole one: SQLite itself opens one that was cut, and fails at the first row that is gone.
     """
     path = _path_of(location)
     try:
@@ -84,12 +88,35 @@ def open_database(location: Path | str, *, synchronous: Literal["FULL", "NORMAL"
         connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN_OPTION, 'IMMEDIATE')}")
 
     try:
+        _check_length(path)
         with reading(engine) as connection:
-            connection.exec_driver_sql("SELECT count(*) FROM sqlite_master")
-    except DatabaseError as error:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+        if found != "ok":
+            raise CosiloError("open database", f"{path} is damaged: {str(found)[:FOUND_CHARS_MAX]}", WHERE_DAMAGED)
+    except UnicodeDecodeError:  # within SQLite's own words about the damage, or a table's name
         engine.dispose()
-        raise CosiloError("open database", f"{path}: {error.orig}", "put the right file in its place") from error
+        raise CosiloError("open database", f"{path} is damaged: it holds text that is none", WHERE_DAMAGED) from None
+    except (DatabaseError, CosiloError) as error:
+        engine.dispose()
+        if isinstance(error, CosiloError):
+            raise
+        raise CosiloError("open database", f"{path}: {error.orig}", f"put the right file in its place; {WHERE_DAMAGED}") from error
     return engine
+
+
+def _check_length(path: Path) -> None:
+    """Refuses a file that ends within a page: SQLite would take the rest for zeros. With a write-ahead log beside it, the log may hold that page."""
+    wal, size = path.with_name(f"{path.name}-wal"), path.stat().st_size
+    if size == 0 or (wal.exists() and wal.stat().st_size):
+        return
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if len(header) == _HEADER_BYTES and not header.startswith(b"SQLite format 3\0"):
+        return  # SQLite says itself what that is
+    page_bytes = int.from_bytes(header[16:18], "big")
+    page_bytes = 1 << 16 if page_bytes == 1 else page_bytes  # as the format writes it: https://www.sqlite.org/fileformat.html
+    if len(header) < _HEADER_BYTES or page_bytes == 0 or size % page_bytes:
+        raise CosiloError("open database", f"{path} is damaged: {size} bytes are not whole pages", WHERE_DAMAGED)
 
 
 @contextmanager
@@ -114,15 +141,58 @@ def forget_deleted(engine: Engine) -> None:
         connection.close()
 
 
+def copy_database(source: Path, to: Path) -> None:
+    """Copies a database that others may be writing to, as one moment had it, to a file of mode 0600; what was there is replaced whole.
+
+    A copy by `cp` may tear, and lacks what stands in the write-ahead log. Raises CosiloError.
+    """
+    part = to.with_name(f"{to.name}.part")
+    try:
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE))
+        with closing(sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True)) as here, closing(sqlite3.connect(part)) as there:
+            here.backup(there)
+            there.execute("PRAGMA journal_mode=DELETE")  # one file: what opens it next chooses its own
+        sync_file(part)
+        part.replace(to)
+        sync_file(to.parent)
+    except (sqlite3.Error, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise CosiloError("copy database", f"{source} to {to}: {error}", "check the folder, its owner and its free space") from None
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def schema_version(engine: Engine) -> int | None:
+    """The version of a database's schema; None where it has none yet."""
+    with reading(engine) as connection:
+        known = connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'schema_version'").first()
+        return None if known is None else connection.execute(select(_schema_version.c.version)).scalar_one_or_none()
+
+
 def prepare_schema(
-    engine: Engine, tables: MetaData, version: int, upgrades: Mapping[int, Callable[[Connection], None]] | None = None
+    engine: Engine,
+    tables: MetaData,
+    version: int,
+    upgrades: Mapping[int, Callable[[Connection], None]] | None = None,
+    before_upgrade: Callable[[int], None] = lambda found: None,
 ) -> None:
     """Creates `tables` in an empty database, or checks that the database's schema is `version`.
 
     version: 1 or more, raised with each change of a table. upgrades: by the version that it starts from, what makes the
-    next version of a database, all in one transaction. Raises CosiloError where the database was written by a newer
+    next version of a database, all in one transaction: a kill in the middle leaves the older one whole. before_upgrade:
+    called first, with the version that was found. Raises CosiloError where the database was written by a newer
     Cosilo (its rows may mean what this one cannot know), or by an older one with no such way.
     """
+    older = schema_version(engine)
+    if older is not None and older < version and older in (upgrades or {}):
+        before_upgrade(older)
     with engine.begin() as connection:
         _version_metadata.create_all(connection)
         found = connection.execute(select(_schema_version.c.version)).scalar_one_or_none()

@@ -90,9 +90,9 @@ class Encoding:
     losses: int
 
     def __post_init__(self) -> None:
-        n, m = self.participants, self.modulus_max
-        if self.bits not in (24, 32):
+        if self.bits not in (24, 32):  # before M is: 2^bits of whatever the coordinator wrote takes all the memory there is
             raise _unfit(f"bits must be 24 or 32, not {self.bits}")
+        n, m = self.participants, self.modulus_max
         if not 1 <= n <= PARTICIPANTS_MAX:
             raise _unfit(f"participants must be from 1 to {PARTICIPANTS_MAX}, not {n}")
         q = self.largest

@@ -24,3 +24,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+
+
+def one_line(text: str) -> str:
+    """Text as `printable` has it, and on one line: a cell or an entry that ends its line could begin another that nobody wrote."""
+    return printable(text).translate(_ONE_LINE)
+
+
+_ONE_LINE = str.maketrans("\n\t", "\ufffd\ufffd")

@@ -10,10 +10,11 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
-from socket import AF_INET, AF_INET6, socket
+from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
 from typing import Any, Final, Literal, TextIO
 
 import structlog
@@ -30,6 +31,7 @@ State = tuple[bool, str]
 
 CONNECTIONS_MAX: Final = 16  # a scraper, a supervisor and a person or two; more is a flood and is hung up on
 REQUEST_TIMEOUT_S: Final = 10.0  # a client that says nothing must not hold one of those
+CONNECTION_LIFE_S: Final = 20.0  # nor one that says it, or reads the answer, a byte at a time
 EVENT_CHARS_MAX: Final = 8_000  # a line of the log: bounds what a hostile peer's text can put into it
 
 REDACTED: Final = "[redacted]"
@@ -128,13 +130,20 @@ class TelemetryServer:
 
 
 def serve_telemetry(
-    listen: str, registry: CollectorRegistry, healthy: Callable[[], State], ready: Callable[[], State]
+    listen: str,
+    registry: CollectorRegistry,
+    healthy: Callable[[], State],
+    ready: Callable[[], State],
+    *,
+    refused: Callable[[str], None] = lambda _reason: None,
+    life_s: float = CONNECTION_LIFE_S,
 ) -> tuple[TelemetryServer, int]:
     """Opens the port in a thread of its own and returns (server, the port in use).
 
     /metrics is the registry in Prometheus' text form. /healthz and /readyz call `healthy` and `ready`, in that thread
     and at each request: 200 and the reason where all is well, 503 and the reason otherwise. There is no authentication,
-    so listen on loopback unless the network in front of it has some. Raises CosiloError where the port is in use or the
+    so listen on loopback unless the network in front of it has some. refused: told the reason (`metrics_connections`, `metrics_slow`) for
+    each connection that is hung up on, to count it; life_s: of a connection, whatever it says. Raises CosiloError where the port is in use or the
     address is not this machine's.
     """
     address = parse_listen(listen)
@@ -148,7 +157,7 @@ def serve_telemetry(
         address_family = AF_INET6 if ":" in address[0] else AF_INET
 
     try:
-        server = Server(address, Handler)
+        server = Server(address, Handler, refused, life_s)
     except OSError as error:
         raise CosiloError(
             "open telemetry port",
@@ -162,21 +171,34 @@ class _BoundedServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True  # a restart must not wait for the last connection's TIME_WAIT
 
-    def __init__(self, address: tuple[str, int], handler: type[_Pages]) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[_Pages], refused: Callable[[str], None], life_s: float) -> None:
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self._refused = refused
+        self._life_s = life_s
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._slots.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
+            self._refused("metrics_connections")
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        over = threading.Timer(self._life_s, self._hang_up, (request,))
+        over.daemon = True
+        over.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            over.cancel()
             self._slots.release()
+
+    def _hang_up(self, request: socket) -> None:
+        """Ends a connection under its thread, whose next read or write then fails."""
+        self._refused("metrics_slow")
+        with suppress(OSError):  # it ended by itself in the same moment
+            request.shutdown(SHUT_RDWR)
 
     def handle_error(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
         get_logger("cosilo.telemetry").debug("request failed", peer=str(client_address[0]))

@@ -33,6 +33,7 @@ class Refusal(Enum):
     OUT_OF_ORDER = "out_of_order"
     OVERSIZE = "oversize"
     INCOMPLETE = "incomplete"
+    STALLED = "slow_upload"
     DIGEST = "digest"
     DISK = "disk"
     SOURCE = "source"

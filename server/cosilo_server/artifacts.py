@@ -6,7 +6,10 @@ or what the bytes mean. Every call may block on the disk: callers on an event lo
 
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +18,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.transfer import file_digest, is_digest, sync_folder
 
 _SCRATCH = "scratch"
+LINGERS_MAX = 24  # a cut download that is resumed lasts hours on the slowest line; after these many lingers, who reads on keeps nothing
 
 
 class Artifacts:
@@ -27,6 +31,11 @@ class Artifacts:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._lock = threading.Lock()
+        self._unclaimed: dict[str, float] = {}  # put by this process at that time, and not yet seen in the store
+        self._readers: Counter[str] = Counter()
+        self._read_at: dict[str, float] = {}  # of those that were read since the process began, when last
+        self._spared_at: dict[str, float] = {}  # of those that lingered, when first
         self._scratch = root / _SCRATCH
         self._scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in self._scratch.iterdir():
@@ -57,7 +66,9 @@ class Artifacts:
         path.chmod(0o600)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        path.replace(self._root / digest)
+        with self._lock:
+            self._unclaimed[digest] = time.time()
+            path.replace(self._root / digest)
         sync_folder(self._root)
         return digest
 
@@ -102,6 +113,51 @@ class Artifacts:
     def delete(self, digest: str) -> None:
         """Remove an artifact; one that is not there is no error."""
         self._checked(digest).unlink(missing_ok=True)
+
+    @contextmanager
+    def lease(self, digest: str) -> Iterator[Path]:
+        """The artifact's path; nothing deletes it before the `with` block ends, and for a while after."""
+        with self._lock:
+            path = self.path(digest)
+            self._readers[digest] += 1
+        try:
+            yield path
+        finally:
+            with self._lock:
+                self._readers[digest] -= 1
+                self._read_at[digest] = time.monotonic()
+                if not self._readers[digest]:
+                    del self._readers[digest]
+
+    def has_been_read(self, digest: str) -> None:
+        """The last reader has it whole: it will not resume."""
+        with self._lock:
+            self._read_at.pop(digest, None)
+
+    def claim(self, stored: Mapping[str, float]) -> None:
+        """What has arrived in the store, and when, UTC seconds: once nothing refers to it any more, it may be deleted. What was put again
+        since is on its way there once more.
+        """
+        with self._lock:
+            for digest in [digest for digest, at in self._unclaimed.items() if at <= stored.get(digest, -1.0)]:
+                del self._unclaimed[digest]
+
+    def delete_idle(self, digest: str, linger_s: float) -> bool:
+        """Delete an artifact that nothing refers to; False where it is being read, was read within linger_s (but not for ever), or was put and never claimed:
+        what it is for is still on its way to the store.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if digest in self._readers or digest in self._unclaimed:
+                return False
+            if now - self._read_at.get(digest, float("-inf")) < linger_s:
+                # A site that reads one byte every few minutes would keep every checkpoint there ever was.
+                if now - self._spared_at.setdefault(digest, now) < LINGERS_MAX * linger_s:
+                    return False
+            self._read_at.pop(digest, None)
+            self._spared_at.pop(digest, None)
+            self.delete(digest)
+            return True
 
     def _checked(self, digest: str) -> Path:
         if not is_digest(digest):

@@ -69,6 +69,8 @@ ROOT_KEY_FILE = "root.key"
 ROOT_CERTIFICATE_FILE = "root.crt"
 INTERMEDIATE_KEY_FILE = "intermediate.key"
 INTERMEDIATE_CERTIFICATE_FILE = "intermediate.crt"
+CROSS_CERTIFICATE_FILE = "intermediate.cross.crt"  # in an overlap: the intermediate's key, signed over by the root that goes
+NEXT_KEY_FILE = "intermediate.next.key"  # the key that the coordinator made for its next intermediate
 _UNFINISHED_FOLDER = ".unfinished"
 
 _CLIENT = (ExtendedKeyUsageOID.CLIENT_AUTH,)
@@ -87,8 +89,21 @@ class Founding:
     leaf_life: timedelta = LEAF_LIFE
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class _Issuer:
+    """What signs leaves. cross: the same key and name certified by the root that goes, in an overlap."""
+
+    certificate: x509.Certificate
+    key: TlsKey
+    cross: x509.Certificate | None
+
+
 class Authority:
-    """Issues leaves under the intermediate. Its key stays inside."""
+    """Issues leaves under the intermediate. Its key stays inside.
+
+    cross: in an overlap of two roots, the intermediate's key certified by the old one. It goes to those who may not know
+    the new root yet: with the coordinator's own certificate, and to whoever enrols.
+    """
 
     def __init__(
         self,
@@ -97,6 +112,7 @@ class Authority:
         key: TlsKey,
         root_pem: bytes,
         leaf_life: timedelta = LEAF_LIFE,
+        cross: x509.Certificate | None = None,
     ) -> None:
         if not LEAF_LIFE_MIN <= leaf_life <= LEAF_LIFE_MAX:
             raise CosiloError("open authority", f"a certificate's life of {leaf_life} is not from {LEAF_LIFE_MIN} to {LEAF_LIFE_MAX}")
@@ -109,17 +125,24 @@ class Authority:
         self.federation = federation
         self.root_pem = root_pem
         self.leaf_life = leaf_life
-        self._intermediate = intermediate
-        self._key = key
+        self._issuer = _Issuer(intermediate, key, cross)
+
+    @property
+    def intermediate(self) -> x509.Certificate:
+        """The certificate that leaves are issued under."""
+        return self._issuer.certificate
 
     @classmethod
     def load(cls, folder: Path, leaf_life: timedelta = LEAF_LIFE) -> Authority:
         """Opens the authority in the coordinator's folder. Raises CosiloError where a file is missing, readable by
         others, or of another pair."""
         federation = load_identity(folder).membership.federation
-        intermediate = read_chain(read_public(folder / INTERMEDIATE_CERTIFICATE_FILE, CHAIN_BYTES_MAX))[0]
-        key = load_tls_key(folder / INTERMEDIATE_KEY_FILE)
-        return cls(federation, intermediate, key, read_public(folder / CA_FILE, CHAIN_BYTES_MAX), leaf_life)
+        issuer = _load_issuer(folder)
+        return cls(federation, issuer.certificate, issuer.key, read_public(folder / CA_FILE, CHAIN_BYTES_MAX), leaf_life, issuer.cross)
+
+    def reload(self, folder: Path) -> None:
+        """Takes what the folder has now, after a rotation; calls in flight end with what they began with."""
+        self._issuer, self.root_pem = _load_issuer(folder), read_public(folder / CA_FILE, CHAIN_BYTES_MAX)
 
     def issue_site_certificate(self, csr: bytes, name: str, now: datetime) -> bytes:
         """A chain (PEM: leaf, intermediate) for a site's request (PKCS#10, DER). Raises CosiloError as `read_csr`
@@ -141,7 +164,7 @@ class Authority:
             raise CosiloError(
                 "renew certificate", f"{peer.name}: it asks for another key", "to change keys, enrol again with an invitation"
             )
-        return self._issue(key, peer.name, now)
+        return self._issue(key, peer.name, now, crossed=False)
 
     def issue_coordinator_certificate(self, key: ec.EllipticCurvePublicKey, now: datetime) -> bytes:
         """A chain (PEM: leaf, intermediate) for the coordinator's own key: the one leaf with a DNS name and server
@@ -154,24 +177,26 @@ class Authority:
     def _issue_requested(self, csr: bytes, name: PeerName, now: datetime) -> bytes:
         return self._issue(read_csr(csr, name), name, now)
 
-    def _issue(self, key: ec.EllipticCurvePublicKey, name: PeerName, now: datetime) -> bytes:
-        ends = min(now + self.leaf_life, self._intermediate.not_valid_after_utc)
+    def _issue(self, key: ec.EllipticCurvePublicKey, name: PeerName, now: datetime, crossed: bool = True) -> bytes:
+        issuer = self._issuer  # once: a rotation may replace it meanwhile
+        above = issuer.cross if crossed and issuer.cross is not None else issuer.certificate
+        ends = min(now + self.leaf_life, above.not_valid_after_utc)
         if ends <= now:
-            day = f"{self._intermediate.not_valid_after_utc:%Y-%m-%d}"
-            raise CosiloError("issue certificate", f"the intermediate expired {day}", "sign a new intermediate with the root")
+            day = f"{above.not_valid_after_utc:%Y-%m-%d}"
+            raise CosiloError("issue certificate", f"the intermediate expired {day}", "have an admin run cosilo ca renew")
         coordinator = name.role is Role.COORDINATOR
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(name.uri())]
         if coordinator:
             names.append(x509.DNSName(COORDINATOR_DNS_NAME))
         builder = _certificate(subject_of(name), key, now - BACKDATING, ends)
-        builder = builder.issuer_name(self._intermediate.subject)
+        builder = builder.issuer_name(above.subject)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_key_usage(authority=False), critical=True)
         builder = builder.add_extension(x509.ExtendedKeyUsage(_SERVER if coordinator else _CLIENT), critical=False)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        builder = builder.add_extension(_issuer_key(self._intermediate), critical=False)
-        leaf = builder.sign(self._key, hashes.SHA256())
-        return leaf.public_bytes(Encoding.PEM) + self._intermediate.public_bytes(Encoding.PEM)
+        builder = builder.add_extension(_issuer_key(above), critical=False)
+        leaf = builder.sign(issuer.key, hashes.SHA256())
+        return leaf.public_bytes(Encoding.PEM) + above.public_bytes(Encoding.PEM)
 
 
 def found_federation(directory: Path, founding: Founding, now: datetime) -> None:
@@ -201,11 +226,48 @@ def found_federation(directory: Path, founding: Founding, now: datetime) -> None
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def make_root(federation: str, key: TlsKey, now: datetime, number: int) -> x509.Certificate:
+    """A root's certificate, signed by itself. number: of the rotation, for people who look at it."""
+    return _make_root(federation, key, now, f"root {number}")
+
+
+def sign_intermediate(
+    federation: str, key: ec.EllipticCurvePublicKey, root: x509.Certificate, root_key: TlsKey, now: datetime, number: int
+) -> x509.Certificate:
+    """A coordinator's intermediate under a root. Two roots that sign the same key and number give certificates that stand for each other."""
+    return _make_intermediate(federation, key, root, root_key, now, f"enrolment {number}")
+
+
+def load_root(folder: Path) -> tuple[x509.Certificate, TlsKey]:
+    """The root in a `ca/` folder. Raises CosiloError where a file is missing, readable by others, or of another pair."""
+    root = read_chain(read_public(folder / ROOT_CERTIFICATE_FILE, CHAIN_BYTES_MAX))[0]
+    key = load_tls_key(folder / ROOT_KEY_FILE)
+    if certified_key(root) != tls_public_bytes(key):
+        raise CosiloError("open CA", f"{folder / ROOT_KEY_FILE} is not the key of {ROOT_CERTIFICATE_FILE}", "restore the pair")
+    return root, key
+
+
+def _load_issuer(folder: Path) -> _Issuer:
+    certificate = read_chain(read_public(folder / INTERMEDIATE_CERTIFICATE_FILE, CHAIN_BYTES_MAX))[0]
+    key = load_tls_key(folder / INTERMEDIATE_KEY_FILE)
+    following = folder / NEXT_KEY_FILE
+    if certified_key(certificate) != tls_public_bytes(key) and following.exists():  # a rotation was killed right between the two
+        key = load_tls_key(following)
+        if certified_key(certificate) == tls_public_bytes(key):
+            following.replace(folder / INTERMEDIATE_KEY_FILE)
+            sync_folder(folder)
+    cross_file = folder / CROSS_CERTIFICATE_FILE
+    cross = read_chain(read_public(cross_file, CHAIN_BYTES_MAX))[0] if cross_file.exists() else None
+    if cross is not None and certified_key(cross) != certified_key(certificate):
+        cross = None  # of a rotation that was killed before its certificate was in place: it is put again
+    return _Issuer(certificate, key, cross)
+
+
 def _fill(folders: dict[str, Path], founding: Founding, now: datetime) -> None:
     root_key, intermediate_key, coordinator_key, admin_key = (make_tls_key() for _ in range(4))
     signing_key = make_signing_key()
     root = _make_root(founding.federation, root_key, now)
-    intermediate = _make_intermediate(founding.federation, intermediate_key, root, root_key, now)
+    intermediate = _make_intermediate(founding.federation, intermediate_key.public_key(), root, root_key, now)
     root_pem = root.public_bytes(Encoding.PEM)
     authority = Authority(founding.federation, intermediate, intermediate_key, root_pem, founding.leaf_life)
     admin = PeerName(founding.federation, Role.ADMIN, founding.admin)
@@ -243,15 +305,17 @@ def _fill(folders: dict[str, Path], founding: Founding, now: datetime) -> None:
     write_public(folders[ADMIN_FOLDER] / ADMIN_FILE, membership_toml(membership(Role.ADMIN, founding.admin)))
 
 
-def _make_root(federation: str, key: TlsKey, now: datetime) -> x509.Certificate:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root"), _organisation(federation)])
+def _make_root(federation: str, key: TlsKey, now: datetime, title: str = "root") -> x509.Certificate:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, title), _organisation(federation)])
     builder = _certificate(subject, key.public_key(), now - BACKDATING, now + ROOT_LIFE).issuer_name(subject)
     return _authority_extensions(builder, path_length=1).sign(key, hashes.SHA256())
 
 
-def _make_intermediate(federation: str, key: TlsKey, root: x509.Certificate, root_key: TlsKey, now: datetime) -> x509.Certificate:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "enrolment"), _organisation(federation)])
-    builder = _certificate(subject, key.public_key(), now - BACKDATING, now + INTERMEDIATE_LIFE)
+def _make_intermediate(
+    federation: str, key: ec.EllipticCurvePublicKey, root: x509.Certificate, root_key: TlsKey, now: datetime, title: str = "enrolment"
+) -> x509.Certificate:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, title), _organisation(federation)])
+    builder = _certificate(subject, key, now - BACKDATING, min(now + INTERMEDIATE_LIFE, root.not_valid_after_utc))
     builder = builder.issuer_name(root.subject).add_extension(_issuer_key(root), critical=False)
     return _authority_extensions(builder, path_length=0).sign(root_key, hashes.SHA256())
 

@@ -21,12 +21,12 @@ from cosilo_common.clip_ranges import round_encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.messages import RoundKind
-from cosilo_common.transfer import require_free_bytes
 from cosilo_server.closing import RoundCloser, RoundOutcome
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.assignments import Assignment, assignment_for
 from cosilo_server.rounds.events import (
     Connected,
+    Declined,
     Disconnected,
     EndRound,
     Event,
@@ -41,9 +41,9 @@ from cosilo_server.rounds.events import (
     Tick,
 )
 from cosilo_server.rounds.machine import begin, step
-from cosilo_server.rounds.state import Round, Site
+from cosilo_server.rounds.state import DeclineCode, Round, Site
 from cosilo_server.spool import Spool
-from cosilo_server.store import Store, StoredCheckpoint, StoredRun, terms_of
+from cosilo_server.store import Pause, Store, StoredCheckpoint, StoredRun, terms_of
 
 log = structlog.get_logger(__name__)
 Answer = TypeVar("Answer")
@@ -66,8 +66,17 @@ class LiveRun:
     round: Round | None = None
     not_before: float = 0.0
     note: str = ""
+    paused: Pause | None = None  # no round starts
     opened: tuple[RoundOutcome, StoredCheckpoint | None] | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    reached: dict[str, int] = field(default_factory=dict)  # rounds that sites have begun and this store has not: it is a restored one
+
+    @property
+    def floor(self) -> int:
+        """The highest round that is over for good: begun here, or at more sites, by their word, than may lie."""
+        claims = sorted(self.reached.values(), reverse=True)
+        f = self.manifest.f
+        return max(self.round.number if self.round else 0, claims[f] if len(claims) > f else 0)
 
 
 class Conductor:
@@ -94,7 +103,9 @@ class Conductor:
         self._watchers: dict[asyncio.Event, None] = {}  # in the order of their coming, so that a simulation replays
         self._tasks: set[asyncio.Task[None]] = set()
         self._working: set[asyncio.Task[Any]] = set()  # begun for a caller who may be gone
+        self._on_round: Callable[[Round], None] = lambda state: None
         self.ticked_at = time.monotonic()
+        self.round_over = asyncio.Event()  # for the collector, which clears it
 
     # --- life ---
 
@@ -121,7 +132,7 @@ class Conductor:
     async def adopt(self, stored: StoredRun) -> None:
         """Takes a run from the store under its conduct."""
         newest = await asyncio.to_thread(self._store.newest_round, stored.run)
-        self._runs.setdefault(stored.run, LiveRun(stored.run, stored.manifest, newest.state if newest else None))
+        self._runs.setdefault(stored.run, LiveRun(stored.run, stored.manifest, newest.state if newest else None, paused=stored.paused))
         self.announce()
 
     # --- what is asked of it ---
@@ -139,7 +150,9 @@ class Conductor:
     def note(self, run: bytes) -> str:
         """Why a run does not move, where it does not."""
         record = self._runs.get(run)
-        return record.note if record else ""
+        if record is None:
+            return ""
+        return record.note if record.paused is None else record.paused.words
 
     def runs_of(self, site: str) -> list[bytes]:
         """Runs that name the site as a participant, oldest first."""
@@ -170,9 +183,15 @@ class Conductor:
             self._watchers.pop(changed, None)
 
     async def order(self, run: bytes, kind: RoundKind, rounds: int) -> int:
-        """Asks for rounds; returns the number of the first. Raises CosiloError where the manifest allows no more."""
+        """Asks for rounds; returns the number of the first. Raises CosiloError where the manifest allows no more, or the run is paused."""
         record = self._known(run)
-        newest = record.round.number if record.round else 0
+        if record.paused is not None:
+            raise CosiloError(
+                "start rounds",
+                f"run {record.manifest.name} is {record.paused.words}",
+                f"let it go on: cosilo run resume {run.hex()[:12]}",
+            )
+        newest = record.floor
         if newest + rounds > record.manifest.rounds_max:
             raise CosiloError(
                 "start rounds",
@@ -189,10 +208,42 @@ class Conductor:
         """No further rounds start; the one in progress is abandoned if asked."""
         record = self._known(run)
         await asyncio.to_thread(self._store.set_stopped, run, True)
-        record.note = "stopped by an admin"
+        record.note, record.paused = "stopped by an admin", None
         if abandon and record.round is not None and not record.round.ended:
             await self.handle(run, Stopped("stopped by an admin"))
         self.announce()
+
+    async def pause_run(self, run: bytes, pause: Pause, abandon: bool) -> None:
+        """No round starts until `resume_run`, over restarts too; what was ordered waits.
+
+        The round in progress goes to its end, or is abandoned if asked. Raises CosiloError where the run is stopped.
+        """
+        record = self._known(run)
+        await self._whole(self._pause(record, pause))
+        if abandon and record.round is not None and not record.round.ended:
+            await self.handle(run, Stopped(pause.words))
+        self.announce()
+
+    async def resume_run(self, run: bytes) -> None:
+        """Lets a paused run go on at once. Raises CosiloError where it is not paused."""
+        record = self._known(run)
+        if record.paused is None:
+            raise CosiloError("resume run", f"run {record.manifest.name} is not paused", "see cosilo run list")
+        await self._whole(self._resume(record))
+        self.announce()
+        await self._whole(self._start_next(record))
+
+    def note_reached(self, run: bytes, site: str, reached: int) -> None:
+        """A site has begun rounds that are not known here, as after a restore: the next one is to be above them. No one site can raise it."""
+        record = self._known(run)
+        if record.round is None or reached <= record.round.number or site not in record.round.sites:
+            return
+        before = record.floor
+        record.reached[site] = reached
+        if record.floor > before:
+            log.warning(
+                "sites are ahead: rounds are passed over", run=run.hex()[:12], begun_here=record.round.number, next=record.floor + 1
+            )
 
     async def attend(self, site: str, present: bool) -> None:
         """A site's stream opened or ended; a site counts as connected while it has any."""
@@ -205,6 +256,12 @@ class Conductor:
             if record.round is not None and not record.round.ended and site in record.round.sites:
                 await self.handle(record.run, Connected(site) if present else Disconnected(site))
         self.announce()
+
+    async def left(self, site: str) -> None:
+        """A site left for good: rounds in progress wait for it no longer."""
+        for record in list(self._runs.values()):
+            if record.round is not None and not record.round.ended and site in record.round.sites:
+                await self.handle(record.run, Declined(site, DeclineCode.NOT_ACCEPTED))
 
     async def handle(self, run: bytes, event: Event, number: int | None = None) -> str:
         """Moves a run's newest round by one event; returns why it was refused, or nothing.
@@ -221,6 +278,19 @@ class Conductor:
         self._working.add(task)
         task.add_done_callback(self._working.discard)
         return await asyncio.shield(task)
+
+    async def _pause(self, record: LiveRun, pause: Pause) -> None:
+        async with record.lock:  # a round that is just being started is begun first, and then in progress
+            stored = await asyncio.to_thread(self._store.run, record.run)
+            if stored is not None and stored.stopped:
+                raise CosiloError("pause run", f"run {record.manifest.name} is stopped already", "it has no rounds to pause")
+            await asyncio.to_thread(self._store.pause, record.run, pause)
+            record.paused = pause
+
+    async def _resume(self, record: LiveRun) -> None:
+        async with record.lock:
+            await asyncio.to_thread(self._store.resume, record.run)
+            record.paused, record.not_before, record.note = None, 0.0, ""  # a round that the pause abandoned calls for no backoff
 
     async def _handle_in_turn(self, record: LiveRun, event: Event, number: int | None) -> str:
         async with record.lock:
@@ -309,8 +379,14 @@ class Conductor:
                 log.exception("the end of a round is not written down yet", run=run.hex()[:12], round=number)
             await asyncio.sleep(RECHECK_S)
 
+    def on_round(self, told: Callable[[Round], None]) -> None:
+        """Called for each round as it has begun and as it has ended; must not block."""
+        self._on_round = told
+
     async def _end(self, record: LiveRun, state: Round) -> None:
+        self._on_round(state)
         record.opened = None
+        self.round_over.set()
         await asyncio.to_thread(self._spool.discard_round, record.run.hex(), state.number)
         if state.reason:
             failures = await asyncio.to_thread(self._store.abandoned_since_close, record.run)
@@ -323,7 +399,7 @@ class Conductor:
     async def _start_next(self, record: LiveRun) -> None:
         """Starts the next round that was asked for, once enough participants are connected."""
         async with record.lock:
-            if (record.round is not None and not record.round.ended) or self._now() < record.not_before:
+            if record.paused is not None or (record.round is not None and not record.round.ended) or self._now() < record.not_before:
                 return
             order = await asyncio.to_thread(self._store.open_order, record.run)
             if order is None:
@@ -335,8 +411,8 @@ class Conductor:
                 return
             encoding = round_encoding(record.manifest, order.kind, await self._tensor_peaks(record))
             upload_bytes, model_bytes = encoding.wire_bytes, _FLOAT_BYTES * record.manifest.tensor_table.size
-            require_free_bytes(self._spool.root, len(present) * upload_bytes + _CHECKPOINT_FILES * model_bytes)
-            number = record.round.number + 1 if record.round else 1
+            self._spool.require_room(len(present) * upload_bytes + _CHECKPOINT_FILES * model_bytes)
+            number = record.floor + 1
             if number > record.manifest.rounds_max:
                 record.note = f"the manifest's {record.manifest.rounds_max} rounds are spent"
                 return
@@ -356,6 +432,7 @@ class Conductor:
             )
             assert not effects or state.ended
             await asyncio.to_thread(self._store.begin_round, state)
+            self._on_round(state)
             record.round, record.note = state, ""
             self._metrics.round_began(state)
             log.info("round started", run=record.run.hex()[:12], round=number, kind=order.kind, phase=state.phase)

@@ -50,6 +50,19 @@ class Limits(_Section):
     streams_per_site: int = Field(default=8, ge=2, le=64)
 
 
+class Retention(_Section):
+    """What the data folder keeps of each run, beside the newest checkpoint and those that an admin named (cosilo checkpoint keep).
+
+    keep_last: newest checkpoints; keep_every: and that of every so many rounds, 0 for none; grids: newest sample grids; traced_rounds: newest
+    rounds of which it is known what moved them when.
+    """
+
+    keep_last: int = Field(default=5, ge=1)
+    keep_every: int = Field(default=10, ge=0)
+    grids: int = Field(default=100, ge=1)
+    traced_rounds: int = Field(default=200, ge=1)
+
+
 class Log(_Section):
     """json: one object a line (for journald and collectors), or lines for people."""
 
@@ -64,6 +77,7 @@ class CoordinatorConfig(_Section):
     listen: Listen = Listen()
     paths: Paths = Paths()
     limits: Limits = Limits()
+    retention: Retention = Retention()
     log: Log = Log()
 
     @classmethod
@@ -77,10 +91,10 @@ class CoordinatorConfig(_Section):
             raise CosiloError("read config", f"{path}: {len(data)} bytes are more than {CONFIG_BYTES_MAX}")
         try:
             parsed = cls.model_validate(tomllib.loads(data.decode()))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise CosiloError("read config", f"{path}: {error}", "correct the file") from None
         except ValidationError as error:
             raise CosiloError("read config", f"{path}: {describe_validation(error)}", "correct the named key") from None
+        except (ValueError, RecursionError) as error:  # no TOML, no text, a number of thousands of digits, thousands of brackets
+            raise CosiloError("read config", f"{path}: {error}", "correct the file") from None
         here = path.resolve().parent
         paths = Paths(identity=here / parsed.paths.identity, data=here / parsed.paths.data)
         return parsed.model_copy(update={"paths": paths})

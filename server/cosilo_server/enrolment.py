@@ -27,6 +27,8 @@ from cosilo_server.authority import Authority
 
 ATTEMPTS_MAX = 10  # a person who mistypes needs three; a guesser of a 256-bit key needs more than ten
 ATTEMPTS_WINDOW_S = 60.0
+ATTEMPTS_IN_ALL_MAX = 240  # four a second from everybody: a federation enrols a few sites a day, and each attempt asks the database
+WRONG_TRIES_MAX = 10  # with one invitation's token: then it is burnt, for it is in hands that do not know what it is
 SOURCES_MAX = 4096  # addresses remembered; the longest silent is forgotten first, so memory stays under a megabyte
 _CLOCK_SLACK_S = 300  # an admin's laptop may be this far ahead when it names the longest expiry
 
@@ -41,6 +43,7 @@ class RefusalReason(StrEnum):
     NAME = "wrong name"
     SIGNATURE = "signature"
     RATE = "too many attempts"
+    BURNT = "invitation burnt"
 
 
 class EnrolmentRefused(CosiloError):
@@ -94,6 +97,12 @@ class InvitationBook(Protocol):
     def enrolment(self, token_public: bytes) -> EnrolmentRecord | None:
         """What came of it, if it was used."""
 
+    def wrong_tries(self, token_public: bytes) -> int:
+        """How often somebody showed this token and did not hold what belongs to it."""
+
+    def note_wrong_try(self, token_public: bytes) -> None:
+        """Counts one more, durably."""
+
     def burn(self, record: EnrolmentRecord) -> EnrolmentRecord:
         """Uses the token up with this record unless it was used before; returns the record that stands. Durable on
         return."""
@@ -144,6 +153,7 @@ class EnrolmentDesk:
         self._invitations = invitations
         self._members = members
         self._attempts = attempts or AttemptLimit()
+        self._attempts_in_all = AttemptLimit(ATTEMPTS_IN_ALL_MAX, sources_max=1)
 
     def invite(self, invitation: OpenInvitation, now: datetime) -> None:
         """Keeps an invitation that an admin made. Raises CosiloError where it could never be used as it stands."""
@@ -163,19 +173,26 @@ class EnrolmentDesk:
         self._invitations.put(invitation)
 
     def enrol(self, request: EnrolRequest, source: str, now: datetime) -> EnrolAnswer:
-        """Grants or refuses one request. source: the caller's address without its port.
+        """Grants or refuses one request. source: the caller's address without its port, or its network.
 
         The same keys may ask again (an answer was lost) and get the same certificate; the token is used up all the
         same. Raises EnrolmentRefused.
         """
         if not self._attempts.allow(source, now.timestamp()):
             raise EnrolmentRefused(RefusalReason.RATE, "too many attempts from this address", "wait a minute and try again")
-        invitation = self._verified_invitation(request)
+        if not self._attempts_in_all.allow("", now.timestamp()):
+            raise EnrolmentRefused(RefusalReason.RATE, "too many attempts in all", "wait a minute and try again")
+        invitation = self._known_invitation(request)
         role = invitation.role
         try:
-            key = read_csr(request.csr, PeerName(self._authority.federation, role, request.name))
-        except CosiloError as error:
-            raise EnrolmentRefused(RefusalReason.MALFORMED, error.subject, error.hint) from None
+            self._verify(request, invitation)
+            try:
+                key = read_csr(request.csr, PeerName(self._authority.federation, role, request.name))
+            except CosiloError as error:
+                raise EnrolmentRefused(RefusalReason.MALFORMED, error.subject, error.hint) from None
+        except EnrolmentRefused:
+            self._invitations.note_wrong_try(request.token_public)
+            raise
         key_digest = sha256(tls_public_bytes(key))
 
         standing = self._invitations.enrolment(request.token_public)
@@ -206,7 +223,8 @@ class EnrolmentDesk:
             )
         return self._answer(standing)
 
-    def _verified_invitation(self, request: EnrolRequest) -> OpenInvitation:
+    def _known_invitation(self, request: EnrolRequest) -> OpenInvitation:
+        """The request's invitation, found before anything costs a signature's arithmetic."""
         sizes = (
             len(request.token_public),
             len(request.signing_key),
@@ -222,6 +240,16 @@ class EnrolmentDesk:
                 "there is no such invitation here",
                 "check the address, or ask the admin for a new one",
             )
+        unused = self._invitations.enrolment(request.token_public) is None
+        if unused and self._invitations.wrong_tries(request.token_public) >= WRONG_TRIES_MAX:
+            raise EnrolmentRefused(
+                RefusalReason.BURNT,
+                f"the invitation of {invitation.name} was tried {WRONG_TRIES_MAX} times by somebody who did not hold what belongs to it",
+                "ask the admin for a new one, and how the old one got about",
+            )
+        return invitation
+
+    def _verify(self, request: EnrolRequest, invitation: OpenInvitation) -> None:
         statement = request.statement(self._authority.federation, invitation.role)
         if not signature_holds(request.token_public, request.token_signature, statement):
             raise EnrolmentRefused(RefusalReason.SIGNATURE, "the token's signature does not hold", "use the invitation's file as it is")
@@ -233,7 +261,6 @@ class EnrolmentDesk:
                 f"the invitation is not for {request.name[:63]!r}",
                 "use the invitation's file as it is",
             )
-        return invitation
 
     def _answer(self, standing: EnrolmentRecord) -> EnrolAnswer:
         members = self._members.newest()

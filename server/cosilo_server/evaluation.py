@@ -77,5 +77,5 @@ def _refusal(task: str, returncode: int, errors: bytes) -> CosiloError:
     try:
         said = json.loads(last)
         return CosiloError(said["operation"], said["subject"], said["hint"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return CosiloError(task, f"the worker process ended with {returncode}: {last[:200]}", "see the coordinator's log")

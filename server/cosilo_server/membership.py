@@ -60,14 +60,33 @@ class StoredMembers:
         entry = self._newest.member(peer.name.name)
         if entry is None or entry.role is not peer.name.role:
             return False
+        if entry.role is Role.SITE and self._store.left_at(entry.name, entry.key):
+            return False
         enrolled = self._store.enrolled_with(peer.key_digest)
         return not enrolled or (entry.role.value, entry.name, entry.key) in enrolled
 
     def put(self, data: bytes) -> None:
-        """Takes the next version from an admin. Raises CosiloError where a signature does not hold or it does not follow."""
+        """Takes the next version from an admin, or, after a restore, the newest that an admin has seen.
+
+        Raises CosiloError where a signature does not hold or it does not follow.
+        """
         with self._lock:
             offered = read_members(data, self._federation, self._newest.anchor(), self._newest)
-            self._keep(self._newest.succeeded_by(offered))
+            if offered == self._newest:
+                return
+            # A list that is further than the next was stored here before: this store is a restored one, and the admin saw what it forgot.
+            known = self._newest
+            ahead = offered.version > known.version + 1 or (offered.list == known.list and offered.signer == known.signer)
+            self._keep(offered if ahead else self._newest.succeeded_by(offered))
+
+    def leave(self, site: str) -> None:
+        """A site leaves by itself: it counts as no member from now on, though the list names it until an admin signs the next."""
+        with self._lock:
+            entry = self._newest.member(site)
+            if entry is None or entry.role is not Role.SITE:
+                raise CosiloError("leave", f"{site} is not a member", "nothing is left to do")
+            self._store.site_left(site, entry.key)
+            self._changed()
 
     def endorse(self, endorsement: Endorsement) -> SignedMembers:
         """Appends a pre-approved site. Raises CosiloError where its chain does not hold."""
@@ -121,6 +140,14 @@ class StoredInvitations:
         }
         endorsement = _parse_endorsement(row["endorsement"]) if row["endorsement"] else None
         return EnrolmentRecord(**fields, role=Role(row["role"]), endorsement=endorsement)
+
+    def wrong_tries(self, token_public: bytes) -> int:
+        """How often the token was shown by somebody who did not hold what belongs to it."""
+        return self._store.wrong_tries(token_public)
+
+    def note_wrong_try(self, token_public: bytes) -> None:
+        """Counts one more."""
+        self._store.add_wrong_try(token_public)
 
     def burn(self, record: EnrolmentRecord) -> EnrolmentRecord:
         """Uses the token up with this record unless it was used before; returns the record that stands."""

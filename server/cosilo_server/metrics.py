@@ -45,11 +45,19 @@ class CoordinatorMetrics:
         self.global_loss = Gauge("cosilo_global_loss", "Mean held-out loss of the weights a round started from", ["run"], registry=registry)
         self.update_norm = Gauge("cosilo_update_norm", "L2 norm of the mean update", ["run"], registry=registry)
         self.clipped_ratio = Gauge("cosilo_clipped_ratio", "Share of update values clipped by the encoding", ["run"], registry=registry)
+        self.audit_failures = Counter("cosilo_audit_failures", "Entries that could not be written to the audit log", registry=registry)
         self.certificate_expiry = Gauge(
             "cosilo_certificate_expiry_timestamp_seconds", "When a certificate ends", ["subject"], registry=registry
         )
         self.rejected = Counter("cosilo_rejected_messages", "Calls and messages refused, by reason", ["reason"], registry=registry)
+        self.artifacts_bytes = Gauge("cosilo_artifacts_bytes", "Bytes of checkpoints and grids on disk", registry=registry)
+        self.artifacts_deleted = Counter("cosilo_artifacts_deleted", "Artifacts deleted: nothing referred to them", registry=registry)
+        self.checkpoints_retired = Counter("cosilo_checkpoints_retired", "Checkpoints retired by policy", registry=registry)
         self.disk_free = Gauge("cosilo_disk_free_bytes", "Free bytes where artifacts are kept", registry=registry)
+
+    def count_refusal(self, reason: str) -> None:
+        """A call, a message or a connection was refused. reason: one of a fixed set, never anything from outside."""
+        self.rejected.labels(reason=reason).inc()
 
     def round_began(self, state: Round) -> None:
         """A round started; it may have passed its first phase at once."""

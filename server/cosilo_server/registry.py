@@ -86,8 +86,8 @@ class RunRegistry:
             raise CosiloError("sample", f"{steps} steps are more than the schedule's {manifest.schedule.train_timesteps}", "ask for fewer")
         found = await asyncio.to_thread(self._checkpoint, run, wanted)
         digest = (found.weights if raw or not found.ema else found.ema).hex()
-        with self._artifacts.scratch(".png") as path:
-            await self._evaluation.sample(manifest, self._artifacts.path(digest), path, per_class, steps, seed)
+        with self._artifacts.lease(digest) as weights, self._artifacts.scratch(".png") as path:
+            await self._evaluation.sample(manifest, weights, path, per_class, steps, seed)
             size = path.stat().st_size
             png = await asyncio.to_thread(self._artifacts.put_file, path)
         await asyncio.to_thread(self._store.add_grid, run, found.round, bytes.fromhex(png))
@@ -127,4 +127,8 @@ class RunRegistry:
         found = [c for c in self._store.checkpoints(run) if c.round == wanted]
         if not found:
             raise CosiloError("sample", f"round {wanted} made no checkpoint", "list them with `cosilo checkpoint list`")
+        if wanted in self._store.shelf.retired(run):
+            raise CosiloError(
+                "sample", f"the checkpoint of round {wanted} was retired by policy", "choose one that `cosilo checkpoint list` says is kept"
+            )
         return found[0]

@@ -60,6 +60,15 @@ enrolments = Table(
     ForeignKeyConstraint(["token_public"], ["invitations.token_public"]),
 )
 
+# Tries of an invitation's token with a signature, a name or a CSR that is not its own; a few burn it.
+wrong_tries = Table(
+    "wrong_tries",
+    metadata,
+    Column("token_public", LargeBinary, primary_key=True),
+    Column("tries", Integer, nullable=False),
+    ForeignKeyConstraint(["token_public"], ["invitations.token_public"]),
+)
+
 runs = Table(
     "runs",
     metadata,
@@ -69,6 +78,17 @@ runs = Table(
     Column("signer", String(63), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("stopped", Integer, nullable=False, default=0),
+)
+
+# Runs whose next round does not start until an admin says so; what was ordered waits. A row goes when the run is resumed or stopped.
+paused_runs = Table(
+    "paused_runs",
+    metadata,
+    Column("run", LargeBinary, primary_key=True),
+    Column("admin", String(63), nullable=False),
+    Column("reason", String(200), nullable=False),
+    Column("since", Float, nullable=False),
+    ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
 # What admins asked for: rounds of a kind, worked off in the order of their ids.
@@ -152,6 +172,29 @@ grids = Table(
     ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
+# Checkpoints that an admin keeps whatever the policy says. name: "" for none.
+kept_checkpoints = Table(
+    "kept_checkpoints",
+    metadata,
+    Column("run", LargeBinary, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("kept_at", Float, nullable=False),
+    PrimaryKeyConstraint("run", "round"),
+    ForeignKeyConstraint(["run", "round"], ["checkpoints.run", "checkpoints.round"]),
+)
+
+# Checkpoints whose files policy has given free; their rows stay, so that a list can say what became of them.
+retired_checkpoints = Table(
+    "retired_checkpoints",
+    metadata,
+    Column("run", LargeBinary, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+    PrimaryKeyConstraint("run", "round"),
+    ForeignKeyConstraint(["run", "round"], ["checkpoints.run", "checkpoints.round"]),
+)
+
 sites_seen = Table(
     "sites_seen",
     metadata,
@@ -162,10 +205,34 @@ sites_seen = Table(
     Column("certificate_expires_at", Float, nullable=False),
 )
 
+# Sites that left by themselves, by the key under which they were members: barred until an admin revokes them, or readmits the name with another.
+left_sites = Table(
+    "left_sites",
+    metadata,
+    Column("site", String(63), nullable=False),
+    Column("key", LargeBinary, nullable=False),
+    Column("at", Float, nullable=False),
+    PrimaryKeyConstraint("site", "key"),
+)
 
-def _add_grids(db: Connection) -> None:
-    grids.create(db)
+# The newest certificate that each member was seen with: what expires when, and who still has one of a CA that goes.
+certificates_seen = Table(
+    "certificates_seen",
+    metadata,
+    Column("role", String(16), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("key_digest", LargeBinary, nullable=False),
+    Column("issuer", String(40), nullable=False),
+    Column("expires_at", Float, nullable=False),
+    PrimaryKeyConstraint("role", "name"),
+)
 
 
-UPGRADES: Mapping[int, Callable[[Connection], None]] = MappingProxyType({1: _add_grids})
+def _from_version_1(db: Connection) -> None:
+    certificates_seen.create(db)
+    for table in (grids, wrong_tries, kept_checkpoints, retired_checkpoints, paused_runs, left_sites):
+        table.create(db)
+
+
+UPGRADES: Mapping[int, Callable[[Connection], None]] = MappingProxyType({1: _from_version_1})
 """By version: what makes the next one. Grids that were drawn before version 2 are not in the table."""

@@ -20,11 +20,13 @@ class Spool:
     """The spool folder of one coordinator; folders are made 0700 and files 0600.
 
     run: hex SHA-256 of the manifest; round_number: 0 .. ROUND_MAX; site: its name in the federation. All three become
-    file names, so each is checked here again; raises CosiloError for one that is malformed.
+    file names, so each is checked here again; raises CosiloError for one that is malformed. free_bytes_min: of the disk,
+    which uploads leave alone: the database that shares it must not be the one that finds it full.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, free_bytes_min: int = 0) -> None:
         self._root = root
+        self._free_bytes_min = free_bytes_min
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property
@@ -43,11 +45,15 @@ class Spool:
             folder.mkdir(mode=0o700, exist_ok=True)
         sink = FileSink(path, size, digest)
         try:
-            require_free_bytes(path.parent, size - sink.offset)
+            self.require_room(size - sink.offset)
         except CosiloError:
             sink.close()
             raise
         return sink
+
+    def require_room(self, needed_bytes: int) -> None:
+        """Raises CosiloError, naming the bytes that are missing, unless this many may be written."""
+        require_free_bytes(self._root, needed_bytes + self._free_bytes_min)
 
     def received_bytes(self, run: str, round_number: int, site: str, digest: str) -> int:
         """Bytes on disk of the upload with this declared digest, whole or not; where the site is to go on."""

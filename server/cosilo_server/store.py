@@ -21,6 +21,21 @@ from cosilo_common.secagg.messages import RoundKind
 from cosilo_server import schema
 from cosilo_server.rounds.record import dump, load
 from cosilo_server.rounds.state import ENDED, Deadlines, Round, Terms
+from cosilo_server.shelf import Shelf
+from cosilo_server.snapshot import snapshot
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Who paused a run, and why; reason may be empty."""
+
+    admin: str
+    reason: str
+
+    @property
+    def words(self) -> str:
+        """As people read it."""
+        return f"paused by {self.admin}" + (f": {self.reason}" if self.reason else "")
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class StoredRun:
     signer: str
     created_at: float
     stopped: bool
+    paused: Pause | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,11 @@ class SiteSeen:
     certificate_expires_at: float
 
 
+_RUNS = select(schema.runs, schema.paused_runs.c.admin.label("pause_admin"), schema.paused_runs.c.reason.label("pause_reason")).select_from(
+    schema.runs.outerjoin(schema.paused_runs, schema.runs.c.run == schema.paused_runs.c.run)
+)
+
+
 def terms_of(manifest: Manifest) -> Terms:
     """What the round machine needs of a manifest."""
     return Terms(
@@ -107,13 +128,24 @@ class Store:
 
     def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
         self._engine = open_database(path, synchronous="FULL")
-        prepare_schema(self._engine, schema.metadata, schema.SCHEMA_VERSION, schema.UPGRADES)
+        prepare_schema(
+            self._engine,
+            schema.metadata,
+            schema.SCHEMA_VERSION,
+            schema.UPGRADES,
+            lambda found: snapshot(
+                path, path.with_name(f"{path.name}.v{found}.bak"), "the database was put back as it was before an upgrade"
+            ),
+        )
         forget_deleted(self._engine)  # of a round that ended just before a crash
         self._now = now
+        self.shelf = Shelf(self._engine, now)
         self._manifests: dict[bytes, Manifest] = {}
         self._messages: dict[bytes, tuple[int, frozenset[bytes]]] = {}
         self._enrolled_keys: dict[bytes, frozenset[tuple[str, str, bytes]]] = {}
+        self._left: dict[tuple[str, bytes], float] = {}
         with reading(self._engine) as db:
+            self._left |= {(row.site, bytes(row.key)): row.at for row in db.execute(select(schema.left_sites))}
             for row in db.execute(select(schema.enrolments)).mappings():
                 self._note_enrolled(row)
 
@@ -134,26 +166,39 @@ class Store:
     def runs(self) -> list[StoredRun]:
         """All runs, oldest first."""
         with reading(self._engine) as db:
-            rows = db.execute(select(schema.runs).order_by(schema.runs.c.created_at, schema.runs.c.run)).mappings().all()
+            rows = db.execute(_RUNS.order_by(schema.runs.c.created_at, schema.runs.c.run)).mappings().all()
         return [self._run(row) for row in rows]
 
     def run(self, run: bytes) -> StoredRun | None:
         with reading(self._engine) as db:
-            row = db.execute(select(schema.runs).where(schema.runs.c.run == run)).mappings().first()
+            row = db.execute(_RUNS.where(schema.runs.c.run == run)).mappings().first()
         return None if row is None else self._run(row)
 
     def set_stopped(self, run: bytes, stopped: bool) -> None:
-        """Stops a run, cancelling what is still ordered, or lets it go on."""
+        """Stops a run, cancelling what is still ordered, or lets it go on. A stopped run is paused no longer."""
         with self._engine.begin() as db:
             db.execute(update(schema.runs).where(schema.runs.c.run == run).values(stopped=int(stopped)))
             if stopped:
                 db.execute(update(schema.orders).where(schema.orders.c.run == run).values(cancelled=1))
+                db.execute(delete(schema.paused_runs).where(schema.paused_runs.c.run == run))
+
+    def pause(self, run: bytes, pause: Pause) -> None:
+        """Pauses a run; what is ordered stays. Paused again, the newest words stand."""
+        row = {"run": run, "admin": pause.admin, "reason": pause.reason, "since": self._now()}
+        with self._engine.begin() as db:
+            db.execute(insert(schema.paused_runs).values(row).on_conflict_do_update(index_elements=["run"], set_=row))
+
+    def resume(self, run: bytes) -> None:
+        """Lets a paused run go on."""
+        with self._engine.begin() as db:
+            db.execute(delete(schema.paused_runs).where(schema.paused_runs.c.run == run))
 
     def _run(self, row: RowMapping) -> StoredRun:
         manifest = self._manifests.get(row["run"])
         if manifest is None:
             manifest = self._manifests[row["run"]] = parse_manifest(row["manifest"])
-        return StoredRun(row["run"], manifest, row["signature"], row["signer"], row["created_at"], bool(row["stopped"]))
+        paused = None if row["pause_admin"] is None else Pause(row["pause_admin"], row["pause_reason"])
+        return StoredRun(row["run"], manifest, row["signature"], row["signer"], row["created_at"], bool(row["stopped"]), paused)
 
     # --- orders ---
 
@@ -376,6 +421,29 @@ class Store:
             rows = db.execute(select(schema.sites_seen)).mappings().all()
         return {row["site"]: SiteSeen(**row) for row in rows}
 
+    def saw_certificate(self, row: Mapping[str, object]) -> None:
+        """Notes the newest certificate of a member: role, name, key_digest, issuer, expires_at."""
+        with self._engine.begin() as db:
+            db.execute(insert(schema.certificates_seen).values(row).on_conflict_do_update(index_elements=["role", "name"], set_=row))
+
+    def certificates_seen(self) -> Sequence[RowMapping]:
+        """Every member's newest certificate."""
+        with reading(self._engine) as db:
+            return db.execute(select(schema.certificates_seen)).mappings().all()
+
+    def site_left(self, site: str, key: bytes) -> None:
+        """Notes that a site left under this Ed25519 key; the first time stands."""
+        at = self._now()
+        row = {"site": site, "key": key, "at": at}
+        with self._engine.begin() as db:
+            added = db.execute(insert(schema.left_sites).values(row).on_conflict_do_nothing()).rowcount == 1
+        if added:
+            self._left[site, key] = at
+
+    def left_at(self, site: str, key: bytes) -> float:
+        """When a site left under this key; 0 where it did not. Asked at every call, so from memory."""
+        return self._left.get((site, key), 0.0)
+
     # --- members and invitations: see membership.py, which owns their meaning ---
 
     def newest_members(self) -> bytes | None:
@@ -408,6 +476,19 @@ class Store:
         if added:
             self._note_enrolled(row)
         return added
+
+    def wrong_tries(self, token_public: bytes) -> int:
+        """How often an invitation's token was shown with something wrong beside it."""
+        w = schema.wrong_tries
+        with reading(self._engine) as db:
+            return db.execute(select(w.c.tries).where(w.c.token_public == token_public)).scalar() or 0
+
+    def add_wrong_try(self, token_public: bytes) -> None:
+        """Counts one more."""
+        w = schema.wrong_tries
+        first = insert(w).values(token_public=token_public, tries=1)
+        with self._engine.begin() as db:
+            db.execute(first.on_conflict_do_update(index_elements=["token_public"], set_={"tries": w.c.tries + 1}))
 
     def enrolled_with(self, tls_key_digest: bytes) -> frozenset[tuple[str, str, bytes]]:
         """(role, name, Ed25519 key) of every enrolment that was for this TLS key. Asked at every call, so from memory."""

@@ -67,11 +67,21 @@ def run(title: str, test: Callable[[Checklist], None]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        print(f"\n{error}" if isinstance(error, CheckFailed | FederationError) else traceback.format_exc(), file=sys.stderr, flush=True)
+        for one in _first_to_last(error):
+            expected = isinstance(one, CheckFailed | FederationError)
+            print(f"\n{one}" if expected else "".join(traceback.format_exception(one, chain=False)), file=sys.stderr, flush=True)
         checklist.failed = max(1, checklist.failed)
     finally:
         checklist.close()
     return 1 if checklist.failed else 0
+
+
+def _first_to_last(error: BaseException) -> list[BaseException]:
+    """What clearing up met too must not hide what failed first. One raised `from None` speaks for what it replaced."""
+    found = [error]
+    while (before := found[0].__context__) is not None and not found[0].__suppress_context__:
+        found.insert(0, before)
+    return found
 
 
 def expect(holds: object, why: str) -> None:

@@ -2,7 +2,7 @@
 
 Two machines without any network but their own (see systemd_machines), fed from a wheelhouse; three more sites are plain processes on this
 machine, so that sums are masked. Installs, enrols, trains; kills, hangs, stops, reboots; enrols again by a credential; uninstalls.
-COSILO_E2E_CACHE keeps the base image and the downloaded wheels between runs.
+Everything is built anew; the folder that COSILO_E2E_CACHE names, where it is set, keeps the base image and other people's wheels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -51,6 +52,7 @@ class Stage:
         self.site = site
         self.coordinator = coordinator
         self.around = around
+        self._trained = 0  # rounds of the slow run, when its newest began
         self.quick = self.slow = ""  # two runs: of rounds that are over at once, and of rounds in which something can happen
 
     def wait_connected(self, site: str = HOSPITAL, present: bool = True) -> None:
@@ -74,11 +76,21 @@ class Stage:
         return float(entry["seconds"])
 
     def slow_round(self) -> str:
-        """Begins a round and returns its run when the hospital is in the middle of its training."""
+        """Begins a round and returns its run when the hospital has begun to train in it."""
         self.wait_all_connected()
+        before, self._trained = self._said("round begun"), self._said("trained")
         self.around.start_round(self.slow)
-        wait_for(lambda: self.around.site_in_training(self.slow, HOSPITAL), "the hospital trains", READY_S)
+        wait_for(lambda: self._said("round begun") > before, "the hospital trains", READY_S)
         return self.slow
+
+    def expect_training(self) -> None:
+        """That the hospital has not finished the training it began; asked right after something was done to it."""
+        expect(self._said("trained") == self._trained, "the hospital had finished training: nothing was interrupted")
+
+    def _said(self, what: str) -> int:
+        """How often the hospital said so of the slow run since it booted. Of its journal, since that answers at once."""
+        pattern = f"^{what} .*round={self.slow[:12]}/"
+        return len(self.site.shell(f"journalctl --unit {SITE} --boot --output=cat --grep='{pattern}' || true").splitlines())
 
     def journals(self) -> str:
         """What everybody said last."""
@@ -92,11 +104,12 @@ def main() -> int:
 
 
 def _test(checks: Checklist) -> None:
-    cache = Path(os.environ.get("COSILO_E2E_CACHE") or Path.home() / ".cache" / "cosilo-e2e")
     with Engine() as engine:
-        with checks.check("a wheelhouse with hashes, and a base image from a Debian mirror"):
-            wheelhouses, base = _wheelhouses(engine.root, cache), _base_image(cache)
-            engine.docker("import", str(base), IMAGE)
+        cache = Path(os.environ.get("COSILO_E2E_CACHE") or engine.root / "built")
+        with checks.check("a wheelhouse with hashes for each, and a base image from a Debian mirror"), ThreadPoolExecutor(1) as pool:
+            base = pool.submit(_base_image, cache, engine.root)
+            wheelhouses = _wheelhouses(engine.root, cache)
+            engine.docker("import", str(base.result()), IMAGE)
         around: Surroundings | None = None
         try:
             with checks.check("two machines boot; systemd runs as PID 1"):
@@ -228,10 +241,11 @@ def kill(stage: Stage) -> None:
     """SIGKILL in the middle of a training."""
     checks, site, around = stage.checks, stage.site, stage.around
     with checks.check("the site is killed while it trains: systemd starts it again, the round closes, the next one has everybody"):
-        run = stage.slow_round()
         before, restarts = site.main_pid(SITE), int(site.unit(SITE, "NRestarts")["NRestarts"])
+        run = stage.slow_round()
         killed_s = time.monotonic()
         site.signal(before, signal.SIGKILL)
+        stage.expect_training()
         wait_for(lambda: site.active(SITE) and site.main_pid(SITE) not in (0, before), "it is back", READY_S, lambda: site.journal(SITE))
         checks.figure("site, SIGKILL to READY=1 again (RestartSec 5)", f"{time.monotonic() - killed_s:.1f} s")
         expect(int(site.unit(SITE, "NRestarts")["NRestarts"]) == restarts + 1, "systemd does not count one restart")
@@ -244,26 +258,25 @@ def kill(stage: Stage) -> None:
 def hang(stage: Stage) -> None:
     """SIGSTOP: alive for the kernel, dead for everybody else."""
     checks = stage.checks
-    for machine, unit in ((stage.site, SITE), (stage.coordinator, COORDINATOR)):
-        with checks.check(f"{unit} hangs: the watchdog ends it, systemd starts it again"):
-            folder = f"/run/systemd/system/{unit}.service.d"
+    both = ((stage.site, SITE), (stage.coordinator, COORDINATOR))
+    with checks.check("both daemons hang: their watchdogs end them, systemd starts them again"):
+        for machine, unit in both:
+            folder = _watchdog_folder(unit)
             machine.shell(f"mkdir -p {folder}; printf '[Service]\\nWatchdogSec={WATCHDOG_S}\\n' >{folder}/watchdog.conf")
             machine.run("systemctl", "daemon-reload")
             machine.run("systemctl", "restart", unit)
-            before = machine.main_pid(unit)
-            time.sleep(2 * WATCHDOG_S)  # a healthy daemon outlives its watchdog's time twice over
-            expect(machine.main_pid(unit) == before, f"the watchdog ended a healthy daemon\n{machine.journal(unit, '-n', '20')}")
-            stopped_s = time.monotonic()
-            machine.signal(before, signal.SIGSTOP)
-            wait_for(
-                lambda m=machine, u=unit, b=before: m.main_pid(u) not in (0, b) and m.active(u),  # type: ignore[misc]  # mypy cannot type a lambda's default
-                "it is back",
-                READY_S,
-                lambda m=machine, u=unit: m.journal(u, "-n", "30"),  # type: ignore[misc]  # as above
-            )
-            checks.figure(f"{unit}, SIGSTOP to READY=1 again (WatchdogSec {WATCHDOG_S})", f"{time.monotonic() - stopped_s:.1f} s")
+        before = {unit: machine.main_pid(unit) for machine, unit in both}
+        time.sleep(2 * WATCHDOG_S)  # a healthy daemon outlives its watchdog's time twice over
+        for machine, unit in both:
+            expect(machine.main_pid(unit) == before[unit], f"the watchdog ended a healthy daemon\n{machine.journal(unit, '-n', '20')}")
+            machine.signal(before[unit], signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            for (_, unit), back_s in zip(both, pool.map(lambda one: _wait_back(*one, before[one[1]]), both), strict=True):
+                checks.figure(f"{unit}, SIGSTOP to READY=1 again (WatchdogSec {WATCHDOG_S})", f"{back_s - stopped_s:.1f} s")
+        for machine, unit in both:
             expect("Watchdog timeout" in machine.journal(unit), "systemd does not speak of its watchdog")
-            machine.shell(f"rm {folder}/watchdog.conf; systemctl daemon-reload")
+            machine.shell(f"rm {_watchdog_folder(unit)}/watchdog.conf; systemctl daemon-reload")
     with checks.check("everybody finds each other again, and a round closes with all four"):
         stage.whole_round()
 
@@ -272,11 +285,12 @@ def stop(stage: Stage) -> None:
     """systemctl stop, of both, in the middle of a round."""
     checks, site, coordinator, around = stage.checks, stage.site, stage.coordinator, stage.around
     with checks.check("the site is stopped while it trains: it ends in order, the round is told and goes on, nothing is lost"):
-        run = stage.slow_round()
         before = json.loads(site.run(SITE, "status", "--json"))
+        run = stage.slow_round()
         stopped_s = time.monotonic()
         site.run("systemctl", "stop", SITE)
         checks.figure("site, graceful stop in training", f"{time.monotonic() - stopped_s:.1f} s")
+        stage.expect_training()
         ended = site.unit(SITE, "Result", "ExecMainCode", "ExecMainStatus", "ActiveState")
         expect(ended == {"Result": "success", "ExecMainCode": "1", "ExecMainStatus": "0", "ActiveState": "inactive"}, str(ended))
         expect(not site.shell(OWN_PROCESSES).split(), "a process of it is left")
@@ -352,6 +366,20 @@ STEPS: tuple[Callable[[Stage], None], ...] = (install, start, sandbox, kill, han
 # --- below ---
 
 
+def _watchdog_folder(unit: str) -> str:
+    return f"/run/systemd/system/{unit}.service.d"
+
+
+def _wait_back(machine: Machine, unit: str, before: int) -> float:
+    """Returns, on the monotonic clock, when the unit runs again as another process."""
+
+    def back() -> bool:
+        return machine.main_pid(unit) not in (0, before) and machine.active(unit)
+
+    wait_for(back, f"{unit} is back", READY_S, lambda: machine.journal(unit, "-n", "30"))
+    return time.monotonic()
+
+
 def _probe(site: Machine) -> dict[str, object]:
     """Runs the probe as a unit of its own, which is the site's own in everything but its command."""
     site.put(Path(__file__).with_name("systemd_probe.py"), "/opt/systemd_probe.py")
@@ -403,15 +431,18 @@ def _expect_probed(site: Machine, found: dict[str, object]) -> None:
 
 def _wheelhouses(root: Path, cache: Path) -> dict[str, Path]:
     """One for each kind of machine; other people's wheels come from the cache where constraints.txt is the same."""
-    digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes()).hexdigest()[:16]
+    # The build of torch that this environment has: where it is a CPU's, gigabytes for a GPU that nobody has here are not fetched.
+    torch = f"torch=={version('torch')}"
+    digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes() + torch.encode()).hexdigest()[:16]
     known = cache / f"wheels-{sys.version_info.major}.{sys.version_info.minor}-{digest}"
     found = {}
     for kind in ("site", "coordinator"):
         out = root / kind
-        offline = ["--", "--no-index", "--find-links", str(known)] if (known / kind).exists() else []
-        command = [str(ROOT / "deploy/airgap/wheelhouse"), "--for", kind, "--out", str(out), "--python", sys.executable, *offline]
-        _build(command)
+        wheels = ["--find-links", str(known), *(["--no-index"] if (known / kind).exists() else [])]
+        command = [str(ROOT / "deploy/airgap/wheelhouse"), "--for", kind, "--out", str(out), "--python", sys.executable]
         known.mkdir(parents=True, exist_ok=True)
+        _build([*command, "--", *wheels, torch])
+        expect(not list(out.glob("nvidia*")), "libraries for GPUs came with torch: put its CPU build into PIP_FIND_LINKS")
         for wheel in out.glob("*.whl"):
             if not wheel.name.startswith("cosilo") and not (known / wheel.name).exists():
                 shutil.copy(wheel, known / f"{wheel.name}.part")
@@ -421,14 +452,15 @@ def _wheelhouses(root: Path, cache: Path) -> dict[str, Path]:
     return found
 
 
-def _base_image(cache: Path) -> Path:
+def _base_image(cache: Path, scratch: Path) -> Path:
     out = cache / f"base-{hashlib.sha256(BASE_PACKAGES.encode()).hexdigest()[:16]}.tar"
-    _build([str(ROOT / "deploy/airgap/base-image"), "--out", str(out), "--include", BASE_PACKAGES])
+    _build([str(ROOT / "deploy/airgap/base-image"), "--out", str(out), "--include", BASE_PACKAGES], TMPDIR=str(scratch))
     return out
 
 
-def _build(command: list[str]) -> None:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BUILD_S, check=False)
+def _build(command: list[str], **environment: str) -> None:
+    surroundings = {**os.environ, **environment}
+    done = subprocess.run(command, env=surroundings, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BUILD_S, check=False)
     expect(done.returncode == 0, f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
     print("        " + done.stdout.strip().replace("\n", "\n        "), flush=True)
 

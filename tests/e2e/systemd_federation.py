@@ -116,12 +116,6 @@ class Surroundings:
         newest: dict[str, Any] = self.cosilo_json("round", "list", run)["rounds"][-1]
         return newest
 
-    def site_in_training(self, run: str, site: str) -> bool:
-        """Whether a site has begun to train in the round in progress, and has some way to go."""
-        rounds = self.cosilo_json("round", "list", run)["rounds"]
-        sites = rounds[-1]["sites"] if rounds else []
-        return any(one["site"] == site and one["activity"] == "training" and 0 < one["tenths"] < 8 for one in sites)
-
     def connected(self) -> set[str]:
         """Sites whose stream is open, as `cosilo status` has it."""
         return {site["site"] for site in self.cosilo_json("status")["sites"] if site["connected"]}

@@ -28,7 +28,6 @@ MEMORY_BYTES = 6 << 30  # two virtual environments with torch, two wheelhouses, 
 MEMORY_SPARE_BYTES = MEMORY_BYTES + (4 << 30)  # what the daemons and everybody else on the machine need
 COMMAND_S = 600.0  # installing torch on a busy machine
 BOOT_S = 90.0
-BRIDGE = "cosilo-e2e"  # at most 15 characters: the name of a network interface
 NETWORK = "cosilo-e2e"
 IMAGE = "cosilo-e2e-systemd"
 SUBNETS = [IPv4Network(f"10.{second}.77.0/24") for second in range(213, 245)]  # the first that no route of this machine has
@@ -48,7 +47,7 @@ class Engine:
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="cosilo-e2e-"))
         if psutil.virtual_memory().available > MEMORY_SPARE_BYTES:  # a hundred thousand small files come and go faster in memory
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={MEMORY_BYTES}", "cosilo-e2e", str(self.root)], check=False)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={MEMORY_BYTES},mode=0711", "cosilo-e2e", str(self.root)], check=False)
         self._socket = self.root / "docker.sock"
         self._environment = {**os.environ, "DOCKER_HOST": f"unix://{self._socket}"}
         dockerd = shutil.which("dockerd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
@@ -66,17 +65,19 @@ class Engine:
         ]
         self._daemon = Daemon("dockerd", command, self.root / "dockerd.log", self._environment)
         self.subnet = _free_subnet()
+        self._bridge = f"e2e-{self.root.name[-8:]}"  # at most 15 characters: the name of a network interface
         self._containers: list[str] = []
+        self._ids: list[str] = []
         self._forwarding = False
 
     def __enter__(self) -> Self:
         try:
             self._daemon.start()
             wait_for(self._answers, "dockerd answers", ENGINE_START_S, lambda: tail(self._daemon.log))
-            bridge = f"com.docker.network.bridge.name={BRIDGE}"
+            bridge = f"com.docker.network.bridge.name={self._bridge}"
             self.docker("network", "create", f"--subnet={self.subnet}", "-o", bridge, NETWORK)
             # Another engine on this machine may have made FORWARD drop what crosses a bridge.
-            self._forwarding = _iptables("-I")
+            self._forwarding = _iptables("-I", self._bridge)
         except BaseException:
             self.close()
             raise
@@ -107,15 +108,15 @@ class Engine:
         """Containers, network, engine, mounts, folder: in this order, and each even where the one before failed. Once is enough."""
         if not self.root.exists():
             return
-        ids = [text.strip() for name in self._containers if (text := self._quietly("inspect", "-f", "{{.Id}}", name))]
+        self._ids = [text.strip() for name in self._containers if (text := self._quietly("inspect", "-f", "{{.Id}}", name))]
         for name in self._containers:
             self._quietly("rm", "--force", "--volumes", name)
         self._quietly("network", "rm", NETWORK)
         if self._forwarding:
-            _iptables("-D")
+            _iptables("-D", self._bridge)
         self._daemon.stop()
         _unmount_below(self.root)
-        _remove_cgroups(ids)
+        _remove_cgroups(self._ids)
         if self.root.is_mount():
             subprocess.run(["umount", "--lazy", str(self.root)], capture_output=True, check=False)
         shutil.rmtree(self.root, ignore_errors=True)
@@ -123,7 +124,8 @@ class Engine:
     def leftovers(self) -> list[str]:
         """What `close` should have taken away and did not."""
         mounts = [mount for mount in _mounts() if mount == str(self.root) or mount.startswith(f"{self.root}/")]
-        places = [self.root, Path("/sys/class/net") / BRIDGE, *Path("/sys/fs/cgroup").glob("*/docker/*/system.slice")]
+        places = [self.root, Path("/sys/class/net") / self._bridge]
+        places += [group for container in self._ids for group in Path("/sys/fs/cgroup").glob(f"*/docker/{container}")]
         return mounts + [str(place) for place in places if place.exists()]
 
     def _answers(self) -> bool:
@@ -214,10 +216,10 @@ def _free_subnet() -> IPv4Network:
     return next(subnet for subnet in SUBNETS if not any(route in subnet for route in taken))
 
 
-def _iptables(action: str) -> bool:
+def _iptables(action: str, bridge: str) -> bool:
     """Lets packets cross the test's own bridge, or stops letting them; whether that could be said."""
     program = shutil.which("iptables", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    rule = ["-w", action, "FORWARD", "-i", BRIDGE, "-o", BRIDGE, "-j", "ACCEPT"]
+    rule = ["-w", action, "FORWARD", "-i", bridge, "-o", bridge, "-j", "ACCEPT"]
     return program is not None and subprocess.run([program, *rule], capture_output=True, check=False).returncode == 0
 
 

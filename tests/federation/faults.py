@@ -49,7 +49,7 @@ def fail_at(federation: LocalFederation, run: str, phase: Phase, who: str, sites
     who: a site, which is killed while it owes what the phase asks, from TRAINING to REVEALING; or the coordinator, from GATHERING to
     OPENING, which is started again before anybody goes on. sites: the run's four, by default all of the federation's, connected.
     """
-    with HeldRound(federation, run, _cast(sites or federation.sites, phase, who)) as held:
+    with HeldRound(federation, run, cast_for(sites or federation.sites, phase, who)) as held:
         held.walk_to(phase)
         federation.kill(who)
         if who == COORDINATOR:
@@ -212,10 +212,11 @@ def trainer_of(federation: LocalFederation, site: str) -> psutil.Process | None:
     return next((child for child in federation.daemon(site).offspring() if TRAINER_MODULE in _command_line(child)), None)
 
 
-def _cast(sites: Collection[str], phase: Phase, who: str) -> list[str]:
-    """The sites, with `who` in a place that holds the phase."""
+def cast_for(sites: Collection[str], phase: Phase, who: str) -> list[str]:
+    """The sites, with `who` (where it is a site) in a place that holds the phase."""
     others = sorted(set(sites) - {who})
-    return others if who == COORDINATOR else [*others[: HOLDERS[phase][0]], who, *others[HOLDERS[phase][0] :]]
+    place = HOLDERS.get(phase, (0,))[0]
+    return others if who == COORDINATOR else [*others[:place], who, *others[place:]]
 
 
 def _command_line(process: psutil.Process) -> list[str]:

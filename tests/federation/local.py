@@ -50,6 +50,7 @@ class SiteSpec:
     name: str
     data: Mapping[str, Toml]
     policy: Mapping[str, Toml] = field(default_factory=dict)
+    cache: Mapping[str, Toml] = field(default_factory=dict)
     trainer: Mapping[str, Toml] = field(default_factory=lambda: {"device": "cpu", "threads": 1})
 
 
@@ -57,7 +58,8 @@ class LocalFederation:
     """The processes and folders of one federation.
 
     root: an empty or absent folder of its own; sites: in the order in which they are enrolled; local_demo: invitations are
-    pre-approved, so that nobody runs `site approve`; page: the coordinator serves its status page. Raises FederationError, with the tails of the logs, where a step fails.
+    pre-approved, so that nobody runs `site approve`; page: the coordinator serves its status page. Raises
+    FederationError, with the tails of the logs, where a step fails.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class LocalFederation:
             "data": dict(spec.data),
             "trainer": dict(spec.trainer),
             "policy": dict(spec.policy),
+            "cache": dict(spec.cache),
         }
         self.config(site).write_text(to_toml(tables), encoding="utf-8")
         invitation = self.root / site / "invitation"
@@ -158,6 +161,11 @@ class LocalFederation:
     def restart(self, who: str) -> None:
         """Starts again what was killed or stopped, and waits until it is ready."""
         self._start_and_wait(who)
+
+    def start_again(self, who: str) -> None:
+        """`restart` without the waiting."""
+        self._endpoints_file(who).unlink(missing_ok=True)
+        self.daemon(who).start()
 
     def stop(self) -> None:
         """Ends every process, sites first, so that they do not spend their last seconds looking for the coordinator."""

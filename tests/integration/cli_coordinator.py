@@ -102,6 +102,14 @@ class ScriptedAdmin(AdminServiceServicer):
         self._hear("StopRun", request, context)
         return admin_pb2.StopRunResponse()
 
+    def PauseRun(self, request: Any, context: Any) -> admin_pb2.PauseRunResponse:
+        self._hear("PauseRun", request, context)
+        return admin_pb2.PauseRunResponse()
+
+    def ResumeRun(self, request: Any, context: Any) -> admin_pb2.ResumeRunResponse:
+        self._hear("ResumeRun", request, context)
+        return admin_pb2.ResumeRunResponse()
+
     def ListRounds(self, request: Any, context: Any) -> admin_pb2.ListRoundsResponse:
         self._hear("ListRounds", request, context)
         return admin_pb2.ListRoundsResponse(rounds=self._script.rounds)
@@ -115,6 +123,10 @@ class ScriptedAdmin(AdminServiceServicer):
     def ListCheckpoints(self, request: Any, context: Any) -> admin_pb2.ListCheckpointsResponse:
         self._hear("ListCheckpoints", request, context)
         return admin_pb2.ListCheckpointsResponse(checkpoints=self._script.checkpoints)
+
+    def KeepCheckpoint(self, request: Any, context: Any) -> admin_pb2.KeepCheckpointResponse:
+        self._hear("KeepCheckpoint", request, context)
+        return admin_pb2.KeepCheckpointResponse()
 
     def Sample(self, request: Any, context: Any) -> admin_pb2.SampleResponse:
         self._hear("Sample", request, context)

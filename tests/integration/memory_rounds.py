@@ -25,6 +25,7 @@ from cosilo_client.journal import Journal
 from cosilo_client.metrics import SiteMetrics
 from cosilo_client.owed import Activity, Decline, Owed, Phase, Progress
 from cosilo_client.participation import Participation
+from cosilo_client.pause import Pause
 from cosilo_client.policy import Refusal
 from cosilo_client.spending import Spending
 from cosilo_client.trainer.jobs import EvaluateJob, Job, Result, TrainJob
@@ -199,6 +200,7 @@ class MemorySite:
         self.is_up = False
         self.deaf = False  # the test itself says what this site owes
         self.hour = time(12, 0)
+        self.pause: Pause | None = None
         self.weights = folder.parent / "weights"
         self.weights.write_bytes(WEIGHTS)
         coordinator.sites[name] = self
@@ -222,6 +224,7 @@ class MemorySite:
                 accept=self._accept,
                 local_time=lambda: self.hour,
                 role_lock=asyncio.Lock(),
+                pause=lambda: self.pause,
             )
         )
         self.is_up = True

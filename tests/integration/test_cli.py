@@ -236,14 +236,18 @@ def test_a_loss_that_is_no_number_is_null(cosilo: Run, script: Script, capsys: p
 
 def test_checkpoint_list(cosilo: Run, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     script.checkpoints = [
-        admin_pb2.Checkpoint(round=0, weights_digest=BASE, bytes=2_560_000, created_unix_s=1_772_366_400.0),
-        admin_pb2.Checkpoint(round=1, weights_digest=MADE, ema_digest=BASE, bytes=2_560_000, created_unix_s=1_772_366_460.0),
+        admin_pb2.Checkpoint(round=0, weights_digest=BASE, bytes=2_560_000, created_unix_s=1_772_366_400.0, retired_unix_s=1_772_366_460.0),
+        admin_pb2.Checkpoint(
+            round=1, weights_digest=MADE, ema_digest=BASE, bytes=2_560_000, created_unix_s=1_772_366_460.0, kept="newest", name="best"
+        ),
+        admin_pb2.Checkpoint(round=2, weights_digest=MADE, bytes=2_560_000, created_unix_s=1_772_366_460.0),
     ]
     assert cosilo("checkpoint", "list", "digits-1") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "ROUND  WEIGHTS       EMA           BYTES    CREATED",
-        "0      abababababab  -             2560000  2026-03-01 12:00:00Z",
-        "1      cdcdcdcdcdcd  abababababab  2560000  2026-03-01 12:01:00Z",
+        "ROUND  WEIGHTS       EMA           BYTES    CREATED               KEPT",
+        "0      abababababab  -             2560000  2026-03-01 12:00:00Z  retired 2026-03-01 12:01:00Z",
+        "1      cdcdcdcdcdcd  abababababab  2560000  2026-03-01 12:01:00Z  newest",
+        "2      cdcdcdcdcdcd  -             2560000  2026-03-01 12:01:00Z  until the next collection",
     ]
     assert cosilo("checkpoint", "list", "digits-1", "--json") == 0
     assert json.loads(capsys.readouterr().out)["checkpoints"][0] == {
@@ -252,7 +256,35 @@ def test_checkpoint_list(cosilo: Run, script: Script, capsys: pytest.CaptureFixt
         "ema": None,
         "bytes": 2_560_000,
         "created_unix_s": 1_772_366_400.0,
+        "name": None,
+        "kept": None,
+        "retired_unix_s": 1_772_366_460.0,
     }
+
+
+def test_checkpoint_keep_and_unkeep(cosilo: Run, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cosilo("checkpoint", "keep", "digits-1", "4", "--name", "best") == 0
+    assert cosilo("checkpoint", "keep", "digits-1", "5") == 0
+    assert cosilo("checkpoint", "unkeep", "digits-1", "4") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "the checkpoint of round 4 is kept as best",
+        "the checkpoint of round 5 is kept",
+        "the checkpoint of round 4 is left to the retention policy",
+    ]
+    asked = [request for request in script.heard if isinstance(request, admin_pb2.KeepCheckpointRequest)]
+    assert [(request.round, request.name, request.leave) for request in asked] == [(4, "best", False), (5, "", False), (4, "", True)]
+
+
+def test_a_retired_checkpoint_says_so(cosilo: Run, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    script.checkpoints = [
+        admin_pb2.Checkpoint(round=0, weights_digest=BASE, bytes=1, retired_unix_s=1_772_366_460.0),
+        admin_pb2.Checkpoint(round=1, weights_digest=MADE, bytes=1, kept="newest"),
+    ]
+    assert cosilo("checkpoint", "pull", "digits-1", "--round", "0") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: find checkpoint: that of round 0 was retired by policy on 2026-03-01 12:01:00Z",
+        "hint: choose one that cosilo checkpoint list says is kept; cosilo checkpoint keep keeps the next ones",
+    ]
 
 
 def test_status(cosilo: Run, coordinator: str, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,6 +327,7 @@ def test_status(cosilo: Run, coordinator: str, script: Script, capsys: pytest.Ca
         "address": "",
         "certificate_expires_unix_s": None,
         "software": "",
+        "left_unix_s": None,
     }
     assert [run["name"] for run in shape["runs"]] == ["digits-1"]
 
@@ -417,6 +450,23 @@ def test_site_list_believes_the_signed_list_and_not_the_coordinator(
     ]
     assert cosilo("site", "list") == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["west", "invited", "-", "2026-03-01", "12:00:00Z", "-"]
+
+
+def test_a_site_that_left_by_itself_is_shown_with_what_to_do(
+    cosilo: Run, own: Founded, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.members, keys = with_sites(own, ["north"])
+    script.enrolments = [enrolled("north", keys["north"], state="left"), enrolled("east", public_bytes(make_signing_key()), state="left")]
+    assert cosilo("site", "list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["enrolments"]
+    assert [(entry["name"], entry["state"]) for entry in listed] == [("north", "left"), ("east", "enrolled")]
+    assert cosilo("site", "list") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("north  left: revoke north  ")
+    script.status = admin_pb2.GetStatusResponse(sites=[admin_pb2.SiteStatus(site="north", left_unix_s=1_772_366_400)])
+    assert cosilo("status") == 0
+    assert "north  left: revoke north  " in capsys.readouterr().out
+    assert cosilo("site", "approve", "north", "--yes") == 1
+    assert "cosilo site revoke north; to have it back, invite it again after that" in capsys.readouterr().err
 
 
 def test_site_approve_shows_the_fingerprint_and_signs_the_next_list(
@@ -640,6 +690,14 @@ def test_run_stop(cosilo: Run, script: Script, capsys: pytest.CaptureFixture[str
     assert cosilo("run", "stop", "digits-1", *options) == 0
     assert script.heard[-1] == admin_pb2.StopRunRequest(run=DIGEST, abandon=abandon)
     assert capsys.readouterr().out == f"stopped digits-1 {SHORT}\n"
+
+
+def test_run_pause_and_resume(cosilo: Run, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cosilo("run", "pause", "digits-1", "--reason", "the scanner moves", "--abandon") == 0
+    assert script.heard[-1] == admin_pb2.PauseRunRequest(run=DIGEST, reason="the scanner moves", abandon=True)
+    assert cosilo("run", "resume", "digits-1") == 0
+    assert script.heard[-1] == admin_pb2.ResumeRunRequest(run=DIGEST)
+    assert capsys.readouterr().out == f"paused digits-1 {SHORT}\nresumed digits-1 {SHORT}\n"
 
 
 # --- rounds ---

@@ -408,13 +408,34 @@ async def test_a_certificate_without_membership_and_a_revoked_member_are_refused
 
 async def test_a_hello_of_another_version_is_refused_politely(world: World) -> None:
     stub = world.site("st-beda")
-    call = stub.Attend()
-    await call.write(site_pb2.AttendRequest(hello=site_pb2.Hello(protocol_version=99)))
-    assert await code_of(call) is grpc.StatusCode.FAILED_PRECONDITION
-    assert await call.details() == "hello.protocol_version 99: this coordinator speaks 1; upgrade the older side"
+    for version, older in ((99, "the coordinator"), (0, "cosilo-site at this site")):
+        call = stub.Attend()
+        await call.write(site_pb2.AttendRequest(hello=site_pb2.Hello(protocol_version=version)))
+        assert await code_of(call) is grpc.StatusCode.FAILED_PRECONDITION
+        said = f"hello.protocol_version: the site speaks protocol version {version} and the coordinator 1: upgrade {older}"
+        assert await call.details() == said
     silent = stub.Attend()
     await silent.write(site_pb2.AttendRequest(progress=site_pb2.Progress()))
     assert await code_of(silent) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_checkpoint_is_kept_by_name_and_left_to_the_policy_again(world: World) -> None:
+    run = await world.create(world.manifest("kept"))
+
+    async def listed() -> list[tuple[int, str, str]]:
+        answer = await world.admin.ListCheckpoints(admin_pb2.ListCheckpointsRequest(run=run), timeout=TIMEOUT_S)
+        return [(checkpoint.round, checkpoint.name, checkpoint.kept) for checkpoint in answer.checkpoints]
+
+    assert await listed() == [(0, "", "newest")]
+    await world.admin.KeepCheckpoint(admin_pb2.KeepCheckpointRequest(run=run, round=0, name="untrained"), timeout=TIMEOUT_S)
+    assert await listed() == [(0, "untrained", "named untrained")]
+    refused = world.admin.KeepCheckpoint(admin_pb2.KeepCheckpointRequest(run=run, round=7), timeout=TIMEOUT_S)
+    assert "round 7 made no checkpoint" in await details_of(refused)
+    await world.admin.KeepCheckpoint(admin_pb2.KeepCheckpointRequest(run=run, round=0, leave=True), timeout=TIMEOUT_S)
+    assert await listed() == [(0, "", "newest")]
+    stub = admin_pb2_grpc.AdminServiceStub(world.channel(world.tls["st-anna"]))
+    refused = stub.KeepCheckpoint(admin_pb2.KeepCheckpointRequest(run=run, round=0), timeout=TIMEOUT_S)
+    assert await code_of(refused) is grpc.StatusCode.PERMISSION_DENIED
 
 
 async def test_a_run_is_refused_unless_an_admin_signed_it_for_members(world: World) -> None:
@@ -444,3 +465,34 @@ async def test_fewer_sites_than_a_round_needs_wait_and_say_so(world: World) -> N
     assert (snapshot.summary.state, snapshot.summary.note) == ("waiting", "waiting: 0 of the 2 sites that a round needs are connected")
     watch.cancel()
     await world.admin.StopRun(admin_pb2.StopRunRequest(run=run), timeout=TIMEOUT_S)
+
+
+async def test_a_removed_admin_s_watch_and_a_removed_site_s_upload_are_cut_at_once(world: World) -> None:
+    manifest = world.manifest("removed", n_min=1, participants=tuple(p for p in world.manifest("x").participants if p.name == "st-clara"))
+    run = await world.create(manifest)
+
+    async def put(change: Any) -> None:
+        newest = world.coordinator._members.newest()
+        signed = sign_members(newest, change(newest.draft()), world.founded.admin.membership.name, world.founded.admin_key)
+        await world.admin.PutMembers(admin_pb2.PutMembersRequest(members=signed.canonical()), timeout=TIMEOUT_S)
+
+    await put(lambda draft: draft.approve("eve", Role.ADMIN, public_bytes(make_signing_key())))
+    eve = admin_pb2_grpc.AdminServiceStub(world.channel(world.founded.party(Role.ADMIN, "eve")))
+    watch = eve.WatchRun(admin_pb2.WatchRunRequest(run=run), timeout=TIMEOUT_S)
+    await watch.read()
+    site = await HandSite(world, "st-clara").join()
+    await start(world, run)
+    await site.advert(await site.owed(run, site_pb2.ROUND_PHASE_TRAINING))
+    due = await site.owed(run, site_pb2.ROUND_PHASE_UPLOADING)
+    payload = payload_of(due, np.zeros(manifest.tensor_table.size), 10, (1.0, 1.0, 1.0))
+    upload = site.stub.PutUpdate(timeout=TIMEOUT_S)
+    await upload.write(site.header(due, payload))
+    assert (await upload.read()).resume_offset == 0
+    await upload.write(site_pb2.PutUpdateRequest(data=payload[:1000]))  # and then silence: nothing else would end it for a minute
+
+    await put(lambda draft: draft.remove("eve").remove("st-clara"))
+    async with asyncio.timeout(10):
+        assert await code_of(watch) is grpc.StatusCode.PERMISSION_DENIED
+        assert await code_of(upload) is grpc.StatusCode.PERMISSION_DENIED
+    await world.admin.StopRun(admin_pb2.StopRunRequest(run=run, abandon=True), timeout=TIMEOUT_S)
+    await put(lambda draft: draft.approve("st-clara", Role.SITE, public_bytes(world.keys["st-clara"]), readmit=True))

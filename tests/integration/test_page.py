@@ -230,6 +230,8 @@ async def test_streams_and_connections_are_bounded_and_those_that_say_nothing_ar
     monkeypatch.setattr(server_module, "CONNECTIONS_MAX", 0)
     async with asyncio.timeout(TIMEOUT_S), connection(page_of(world)) as (reader, writer):
         assert await hung_up(reader)
+    counted = world.coordinator.metrics.registry.get_sample_value
+    assert [counted("cosilo_rejected_messages_total", {"reason": f"page_{why}"}) for why in ("slow", "connections")] == [1, 1]
 
 
 async def test_a_port_in_use_is_named_before_anything_has_begun(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class Recorded:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     recorder, build = Recorder(), grpc.aio.server
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpc.aio, "server", lambda **more: build(interceptors=[recorder], **more))
+        patch.setattr(grpc.aio, "server", lambda *, interceptors=(), **more: build(interceptors=[*interceptors, recorder], **more))
         with ListeningFederation(tmp_path_factory.mktemp("wire"), recorder) as federation:
             federation.start()
             first, second = (

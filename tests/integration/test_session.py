@@ -223,6 +223,20 @@ async def test_a_site_says_hello_and_hands_on_snapshots_whole(attended: Attended
     assert hello.software.startswith("cosilo-site ")
 
 
+@pytest.mark.parametrize(("theirs", "older"), [(2, "cosilo-site at this site"), (0, "the coordinator")])
+async def test_a_coordinator_of_another_version_is_not_listened_to_and_the_log_says_which_to_upgrade(
+    attended: Attended, theirs: int, older: str
+) -> None:
+    await attended.snapshot()
+    attended.servicer.first = site_pb2.AttendResponse(protocol_version=theirs, owed=[assignment()])
+    attended.servicer.snapshots.put_nowait(None)  # the stream ends: the coordinator is another one when the site comes back
+    said = f"not connected: attend: the site speaks protocol version 1 and the coordinator {theirs}: upgrade {older}"
+    async with asyncio.timeout(20):
+        while not attended.session.state()[1].startswith(said):
+            await asyncio.sleep(0.01)
+    assert attended.snapshots.empty()
+
+
 async def test_an_assignment_that_cannot_be_is_left_out_and_the_rest_handed_on(attended: Attended) -> None:
     await attended.snapshot()
     bad = [assignment(run=b"\1"), assignment(phase=99), assignment(attempt=0), assignment(base_digest=b"")]

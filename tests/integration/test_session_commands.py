@@ -53,6 +53,11 @@ class Desk(site_pb2_grpc.SiteServiceServicer):
 
     members: SignedMembers
     runs: dict[bytes, SignedRun] = field(default_factory=dict)
+    leavers: int = 0
+
+    async def Leave(self, request: site_pb2.LeaveRequest, context: Any) -> site_pb2.LeaveResponse:
+        self.leavers += 1
+        return site_pb2.LeaveResponse()
 
     async def ListMyRuns(self, request: site_pb2.ListMyRunsRequest, context: Any) -> site_pb2.ListMyRunsResponse:
         return site_pb2.ListMyRunsResponse(runs=list(self.runs))

@@ -215,6 +215,22 @@ async def test_a_trainer_killed_twice_in_one_round_fails_it(link: TrainerLink, f
     assert not list(folder.glob("killed*"))
 
 
+async def test_a_warm_trainer_that_is_to_rest_gives_its_memory_back_and_one_at_work_ends_its_job_first(folder: Path) -> None:
+    trainer = TrainerLink(TrainerConfig(folder, idle_s=600.0))
+    started = asyncio.Event()
+    working = asyncio.create_task(trainer.run(train_job(folder), lambda progress: started.set()))
+    await started.wait()
+    (pid,) = trainer.process_ids()
+    await trainer.rest()
+    assert working.done()
+    assert working.result().steps > 0
+    assert not alive(pid)
+    assert trainer.process_ids() == ()
+    await trainer.run(train_job(folder), ignore)
+    assert trainer.restarts == 0
+    await trainer.close()
+
+
 async def test_an_idle_trainer_gives_its_memory_back_and_a_cancelled_one_too(folder: Path) -> None:
     trainer = TrainerLink(TrainerConfig(folder, idle_s=0.0))
     pids: list[int] = []

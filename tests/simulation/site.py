@@ -132,7 +132,9 @@ class SiteParty:
             return
         self.journal = journal
         metrics = SiteMetrics()
-        identity: Any = SimpleNamespace(membership=SimpleNamespace(address="simulated", name=self.name), tls=None)
+        membership = SimpleNamespace(address="simulated", name=self.name, federation="simulated")
+        nowhere = SimpleNamespace(certificate=self.root / "tls.crt", ca=self.root / "ca.crt")  # certificates are not simulated
+        identity: Any = SimpleNamespace(membership=membership, tls=nowhere, take_trust=lambda data: None)
         self.session = session = Session(
             identity=identity,
             cache=ArtifactCache(self.root / "artifacts", CACHE_BYTES),
@@ -212,7 +214,7 @@ def patches(network: Network) -> list[tuple[Any, str, Any]]:
 
     class SimulatedTransport(Transport):
         @classmethod
-        def open(cls, address: str, tls: Any, *, timeout_s: float, stall_s: float) -> Any:
+        def open(cls, address: str, tls: Any, *, timeout_s: float, stall_s: float, proxy: Any = None) -> Any:
             process = CURRENT.get()
             assert process is not None
             return cls(network.channel(process), timeout_s=timeout_s, stall_s=stall_s)  # type: ignore[arg-type]  # as much as it needs
@@ -221,6 +223,7 @@ def patches(network: Network) -> list[tuple[Any, str, Any]]:
         (cosilo_client.session, "Transport", SimulatedTransport),
         (cosilo_client.session, "check_tls_files", lambda tls, now: SimpleNamespace(not_after=NOT_AFTER)),
         (cosilo_client.session, "renewal_due", lambda identity, now: False),
+        (cosilo_client.session, "superseded", lambda identity: False),
         (cosilo_client.session, "version", lambda name: "simulated"),
         (cosilo_client.session, "datetime", _Clock),
     ]

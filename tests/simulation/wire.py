@@ -26,7 +26,7 @@ from cosilo_common.identity.names import Peer, PeerName, Role
 from tests.simulation.process import CURRENT, Process, ProcessDied
 
 CONNECT_S: Final = 20.0  # a SYN into a dead link is given up after this
-KEEPALIVE_S: Final = (30.0, 50.0)  # KEEPALIVE_MS and KEEPALIVE_TIMEOUT_MS of cosilo_common.identity.tls: when a silent link is noticed
+KEEPALIVE_S: Final = (12.0, 27.0)  # KEEPALIVE_MS and KEEPALIVE_TIMEOUT_MS of cosilo_common.identity.tls: when a silent link is noticed
 DOUBLED_S: Final = 90.0  # how much later a doubled request may come
 SUBMIT: Final = "/cosilo.v1.SiteService/Submit"
 CHUNKED: Final = frozenset({"/cosilo.v1.SiteService/PutUpdate", "/cosilo.v1.SiteService/GetArtifact"})

@@ -33,7 +33,7 @@ from tests.federation.digits import digits_sites, site_names
 from tests.federation.faults import HeldRound
 from tests.federation.local import COORDINATOR, LocalFederation
 from tests.federation.processes import wait_until
-from tests.system.test_reference import CAP, CLIP, plan, recipe_of, site_data, train_at_site
+from tests.system.reference import CAP, CLIP, plan, recipe_of, site_data, train_at_site
 
 WILLING, CAREFUL, CROWDED = site_names(6)[:4], site_names(6)[4], site_names(6)[5]
 SEED, TRACED_SEED = 51, 52

@@ -18,6 +18,7 @@ SHAPES = {
     "losses": shapes.LossShape,
     "progress": shapes.ProgressShape,
     "checkpoint": shapes.CheckpointShape,
+    "ca": shapes.CaShape,
     "enrolment": shapes.EnrolmentShape,
     "status": shapes.StatusShape,
     "site": shapes.SiteShape,

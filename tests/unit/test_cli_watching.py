@@ -133,6 +133,13 @@ def test_a_stopped_run_fails_once_its_round_has_ended() -> None:
     assert patience.verdict(Snapshot(stopped, round_(2))) == Verdict(ExitCode.FAILED, "the run is stopped: stopped by an admin")
 
 
+def test_a_paused_run_fails_once_its_round_has_ended() -> None:
+    patience = Patience()
+    paused = run("paused", 1, note="paused by ada: the scanner moves")
+    assert patience.verdict(Snapshot(paused, round_(2, "training"))) is None
+    assert patience.verdict(Snapshot(paused, round_(2))) == Verdict(ExitCode.FAILED, "the run is paused by ada: the scanner moves")
+
+
 def test_idle_with_rounds_missing_fails() -> None:
     assert Patience().verdict(Snapshot(run("idle", 2), round_(2))) == Verdict(ExitCode.FAILED, "2 of 3 rounds closed")
 

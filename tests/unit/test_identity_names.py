@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosilo_common.errors import CosiloError
+from cosilo_common.identity.certificates import read_chain
 from cosilo_common.identity.keys import make_tls_key
 from cosilo_common.identity.names import (
     CERTIFICATE_BYTES_MAX,
@@ -25,6 +28,7 @@ from cosilo_common.identity.names import (
     parse_uri,
     peer_from_certificate,
 )
+from tests.identity_parties import found
 
 NAMES = st.from_regex(r"[a-z0-9-]{1,63}", fullmatch=True)
 BEGINS = datetime(2026, 1, 1, tzinfo=UTC)
@@ -172,3 +176,15 @@ def test_a_certificate_is_current_to_its_last_second() -> None:
     peer = Peer(PeerName("f", Role.SITE, "a"), serial=1, not_after=ENDS)
     assert is_current(peer, ENDS)
     assert not is_current(peer, ENDS + timedelta(seconds=1))
+
+
+def test_a_certificate_of_a_version_that_is_none_does_not_parse(tmp_path: Path) -> None:
+    """Found by fuzzing: `cryptography` raises a plain Exception for it, which was an answer of UNKNOWN to whoever sent such a request."""
+    pem = found(tmp_path / "f").coordinator.tls.certificate.read_bytes()
+    leaf = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+    assert leaf.count(bytes.fromhex("a003020102")) == 1  # [0] EXPLICIT INTEGER 2: version 3
+    odd = leaf.replace(bytes.fromhex("a003020102"), bytes.fromhex("a003020107"))
+    armour = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(odd) + b"-----END CERTIFICATE-----\n"
+    for read in (peer_from_certificate, read_chain):
+        with pytest.raises(CosiloError, match="read certificate"):
+            read(armour)

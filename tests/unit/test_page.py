@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
 
-from cosilo_common.database import open_database, prepare_schema, reading
 from cosilo_common.errors import CosiloError
-from cosilo_server import schema
 from cosilo_server.cli.shapes import ProgressShape, RoundShape
 from cosilo_server.config import CoordinatorConfig
 from cosilo_server.page import feed as feed_module
@@ -294,20 +291,3 @@ def test_the_page_is_off_unless_the_config_names_its_port(tmp_path: Path) -> Non
         path.write_text(f'federation = "north"\n[listen]\n{wrong}\n')
         with pytest.raises(CosiloError, match=r"listen\.page"):
             CoordinatorConfig.read(path)
-
-
-def test_a_database_of_version_1_gets_the_table_of_grids_and_keeps_its_rows(tmp_path: Path) -> None:
-    engine = open_database(tmp_path / "state.db", synchronous="FULL")
-    prepare_schema(engine, schema.metadata, 1)
-    row = {"site": "st-anna", "at": 1.0, "address": "", "software": "", "certificate_expires_at": 2.0}
-    with engine.begin() as db:
-        schema.grids.drop(db)
-        db.execute(schema.sites_seen.insert().values(row))
-    prepare_schema(engine, schema.metadata, schema.SCHEMA_VERSION, schema.UPGRADES)
-    with reading(engine) as db:
-        assert db.execute(select(schema.grids)).all() == []
-        assert dict(db.execute(select(schema.sites_seen)).mappings().one()) == row
-    prepare_schema(engine, schema.metadata, schema.SCHEMA_VERSION)
-    with pytest.raises(CosiloError, match="this Cosilo knows up to 1"):
-        prepare_schema(engine, schema.metadata, 1)
-    engine.dispose()

@@ -33,7 +33,7 @@ from cosilo_server.rounds.events import (
     Tick,
     UploadReceived,
 )
-from cosilo_server.rounds.machine import ATTEMPTS_MAX, TABLE, barred, begin, step, waiting_for
+from cosilo_server.rounds.machine import ATTEMPTS_MAX, GRACES_MAX, TABLE, barred, begin, step, waiting_for
 from cosilo_server.rounds.record import dump, load
 from cosilo_server.rounds.state import Activity, Deadlines, DeclineCode, Phase, Terms, Upload
 
@@ -207,6 +207,24 @@ def test_a_decline_ends_the_waiting_at_once_and_work_takes_it_back() -> None:
     script.say(Progressed(NAMES[3], Activity.FETCHING, 1, 0))
     assert script.state.sites[NAMES[3]].declined is None
     assert waiting_for(script.state) == NAMES[:4]
+
+
+def test_a_site_that_paused_may_begin_its_work_again_a_few_times_a_phase() -> None:
+    """It begins below what it had said before, with a whole deadline; as often as it likes would hold the round, and write each time."""
+    script, name = Script(), NAMES[3]
+    script.say(Progressed(name, Activity.TRAINING, 7, 0))
+    for times in range(1, GRACES_MAX + 1):
+        script.say(Declined(name, DeclineCode.PAUSED))
+        assert name not in waiting_for(script.state)
+        script.say(Progressed(name, Activity.FETCHING, 0, 0))
+        site = script.state.sites[name]
+        assert (site.declined, site.activity, site.tenths, site.graces) == (None, Activity.FETCHING, 0, times)
+        assert site.progressed_at == script.now
+    script.say(Declined(name, DeclineCode.PAUSED))
+    script.say(Progressed(name, Activity.FETCHING, 0, 0))
+    assert script.state.sites[name].declined is DeclineCode.PAUSED
+    script.say(Progressed(name, Activity.FETCHING, 1, 0))  # real progress always counts
+    assert script.state.sites[name].declined is None
 
 
 def test_all_declining_abandons_with_the_reason() -> None:

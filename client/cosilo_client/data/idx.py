@@ -19,6 +19,7 @@ from cosilo_common.errors import CosiloError
 
 UNSIGNED_BYTE = 0x08  # the type code of MNIST's files; the format's other types are not used for images
 DIMENSIONS_MAX = 4
+BLOCK_BYTES = 1 << 20
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
@@ -51,12 +52,20 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
             declared = math.prod(shape)
             if len(shape) != magic[3] or declared > ARRAY_BYTES_MAX:
                 raise CosiloError("read data", f"{path}: its header declares {declared} bytes", f"at most {ARRAY_BYTES_MAX} are read")
-            body = stream.read(declared)
+            body = _up_to(stream, declared)
             if len(body) != declared or stream.read(1):
                 raise CosiloError("read data", f"{path}: its length is not the {declared} bytes of its header", "copy the file again")
     except (OSError, EOFError, zlib.error) as error:
         raise CosiloError("read data", f"{path}: {error}", "copy the file again") from None
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
+
+
+def _up_to(stream: IO[bytes], size_bytes: int) -> bytearray:
+    """What is there, at most so many bytes. `read(size)` would set them all aside first, on the word of a header."""
+    body = bytearray()
+    while len(body) < size_bytes and (block := stream.read(min(BLOCK_BYTES, size_bytes - len(body)))):
+        body += block
+    return body
 
 
 def _find(folder: Path, prefix: str, what: str, dimensions: int) -> Path:

@@ -6,7 +6,6 @@ does not hold.
 
 import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,9 @@ def open_npz(config: DataConfig) -> ArraySource:
         with zipfile.ZipFile(path) as archive:
             images = _read_array(archive, path, f"{config.split}_images")
             labels = _read_array(archive, path, f"{config.split}_labels")
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except CosiloError:
+        raise
+    except Exception as error:  # a broken file raises whatever zipfile or numpy's parser stumbled on: struct, tokenize, SyntaxError, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CosiloError("read data", f"{path}: {reason}", "check path in [data], or copy the file again") from None
     if labels.ndim == 2 and labels.shape[1] == 1:

@@ -57,6 +57,12 @@ class TrainerLink:
         await self._stop_idling()
         await self._stop_worker()
 
+    async def rest(self) -> None:
+        """Stop the trainer as soon as no job runs, however long it would stay warm; the next job starts another."""
+        async with self._one_job:
+            await self._stop_idling()
+            await asyncio.shield(self._stop_worker())
+
     def process_ids(self) -> tuple[int, ...]:
         """The trainer's processes, one a rank; none while it is not running."""
         return self._worker.process_ids() if self._worker is not None and self._worker.alive else ()

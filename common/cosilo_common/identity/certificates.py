@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -22,6 +22,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.identity.keys import TlsKey, fingerprint, tls_public_bytes
 from cosilo_common.identity.names import (
     CERTIFICATE_BYTES_MAX,
+    UNPARSABLE,
     PeerName,
     Role,
     name_in_extensions,
@@ -59,7 +60,7 @@ def read_csr(der: bytes, name: PeerName) -> ec.EllipticCurvePublicKey:
         key = request.public_key()
         signed = request.is_signature_valid
         asked = name_in_extensions(request.extensions)
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.DuplicateExtension):
+    except (*UNPARSABLE, InvalidSignature):
         raise _bad_csr("it does not parse") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise _bad_csr("its key is not ECDSA P-256")
@@ -128,7 +129,7 @@ def read_chain(pem: bytes) -> list[x509.Certificate]:
         raise CosiloError("read certificate", f"{len(pem)} bytes are more than {CHAIN_BYTES_MAX}")
     try:
         chain = x509.load_pem_x509_certificates(pem)
-    except ValueError:
+    except UNPARSABLE:
         raise CosiloError("read certificate", "it is not a certificate in PEM", "check that it is the right file") from None
     if len(chain) > CHAIN_CERTIFICATES_MAX:
         raise CosiloError("read certificate", f"{len(chain)} certificates are more than {CHAIN_CERTIFICATES_MAX}")

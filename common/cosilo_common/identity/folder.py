@@ -3,6 +3,7 @@
     tls.key tls.crt ca.crt       for TLS (a site, an admin, the coordinator)
     signing.key                  Ed25519 (a site, an admin)
     members.json                 the newest members list seen, as it travelled
+    trust.json                   the newest trust document seen, once the CA was rotated; ca.crt follows it
     federation.json | admin.toml who this is, where the coordinator listens, which admins were trusted at first; an
     admin's is TOML, to edit
 
@@ -20,18 +21,21 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cosilo_common.errors import CosiloError
+from cosilo_common.identity.certificates import CHAIN_BYTES_MAX
 from cosilo_common.identity.documents import Address, Document, Name, parse_document
 from cosilo_common.identity.keys import load_signing_key
 from cosilo_common.identity.members import MEMBERS_BYTES_MAX, Anchor, SignedMembers, read_members
 from cosilo_common.identity.names import PeerName, Role
 from cosilo_common.identity.secret_files import read_public, replace_file
 from cosilo_common.identity.tls import TlsFiles
+from cosilo_common.identity.trust import TRUST_BYTES_MAX, SignedTrust, read_trust
 
 TLS_KEY_FILE = "tls.key"
 TLS_CERTIFICATE_FILE = "tls.crt"
 CA_FILE = "ca.crt"
 SIGNING_KEY_FILE = "signing.key"
 MEMBERS_FILE = "members.json"
+TRUST_FILE = "trust.json"
 FEDERATION_FILE = "federation.json"
 ADMIN_FILE = "admin.toml"
 MEMBERSHIP_BYTES_MAX = 32 * 1024  # 64 admins of 140 bytes and the rest
@@ -91,6 +95,40 @@ class Identity:
         if offered != known:
             replace_file(self.folder / MEMBERS_FILE, offered.canonical())
         return offered
+
+    def trust(self) -> SignedTrust | None:
+        """The newest trust document it saw; none where the CA was never rotated. It was verified when it was taken."""
+        path = self.folder / TRUST_FILE
+        if not path.exists():
+            return None
+        return parse_document(SignedTrust, read_public(path, TRUST_BYTES_MAX), TRUST_BYTES_MAX, f"read {TRUST_FILE}")
+
+    def take_trust(self, data: bytes) -> SignedTrust | None:
+        """Verifies a trust document that arrived (empty: there is none) and keeps it where it is newer, `ca.crt` with it.
+
+        Raises CosiloError, and keeps what it has, where it may not follow, or where one was seen before and none comes.
+        """
+        known = self.trust()
+        if not data:
+            if known is not None:
+                raise CosiloError(
+                    "verify trust document",
+                    f"none came, and version {known.version} was seen before",
+                    "tell the admin: the coordinator went back",
+                )
+            return None
+        federation = self.membership.federation
+        offered = read_trust(data, federation, self.members().admins(), read_public(self.tls.ca, CHAIN_BYTES_MAX), known)
+        if offered != known:
+            replace_file(self.folder / TRUST_FILE, offered.canonical())
+        self.settle_trust()
+        return offered
+
+    def settle_trust(self) -> None:
+        """Makes `ca.crt` say what trust.json says, also after a crash between the two."""
+        trust = self.trust()
+        if trust is not None and read_public(self.tls.ca, CHAIN_BYTES_MAX) != trust.trust.ca_pem():
+            replace_file(self.tls.ca, trust.trust.ca_pem())
 
 
 def tls_files(folder: Path) -> TlsFiles:

@@ -302,7 +302,7 @@ def verify_members(offered: SignedMembers, federation: str, anchor: Anchor) -> N
         raise _refused(
             version,
             f"version {anchor.version} was seen before",
-            "tell the admin: the coordinator went back, or somebody else answers",
+            "tell the admin: the coordinator went back (after a restore: cosilo members --put-back), or somebody else answers",
         )
     admins: dict[str, bytes] = dict(anchor.admins)
     for rollover in offered.rollovers:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -68,13 +69,15 @@ class Peer:
     """A party as its certificate names it.
 
     serial: of the certificate, a positive integer; not_after: its last valid moment, UTC; key_digest: SHA-256 of the
-    certified key (SubjectPublicKeyInfo), which stays when a certificate is renewed.
+    certified key (SubjectPublicKeyInfo), which stays when a certificate is renewed; issuer: key identifier of the
+    intermediate that signed it, in hex, "" where it names none.
     """
 
     name: PeerName
     serial: int
     not_after: datetime
     key_digest: bytes = field(default=b"", compare=False, repr=False)
+    issuer: str = field(default="", compare=False, repr=False)
 
 
 def coordinator_name(federation: str) -> PeerName:
@@ -100,6 +103,17 @@ def parse_uri(uri: str) -> PeerName:
         raise _bad_uri(uri) from None
 
 
+# What `cryptography` raises, now or when a part is first looked at, for a certificate or a request that is none; some are plain Exceptions.
+UNPARSABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+
+
 def peer_from_certificate(pem: bytes) -> Peer:
     """Reads who a certificate names; says nothing about who signed it, which TLS or `certificates.check_chain` decides.
 
@@ -112,12 +126,13 @@ def peer_from_certificate(pem: bytes) -> Peer:
         certificate = x509.load_pem_x509_certificate(pem)
         name = name_in_extensions(certificate.extensions)
         is_ca = _is_ca(certificate.extensions)
+        issuer = _issuer(certificate.extensions)
         key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except UNPARSABLE as error:
         raise CosiloError("read certificate", f"it does not parse ({type(error).__name__})") from None
     if is_ca:
         raise CosiloError("read certificate", f"{name.uri()} stands in a CA's certificate, not in a party's")
-    return Peer(name, certificate.serial_number, certificate.not_valid_after_utc, sha256(key))
+    return Peer(name, certificate.serial_number, certificate.not_valid_after_utc, sha256(key), issuer)
 
 
 def name_in_extensions(extensions: x509.Extensions) -> PeerName:
@@ -154,6 +169,14 @@ def _is_ca(extensions: x509.Extensions) -> bool:
         return extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
         return False
+
+
+def _issuer(extensions: x509.Extensions) -> str:
+    try:
+        identifier = extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        return ""
+    return (identifier or b"").hex()
 
 
 def _bad_uri(uri: str) -> CosiloError:

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
 from cosilo_common.identity.certificates import CHAIN_BYTES_MAX, check_issued, make_csr, read_chain
 from cosilo_common.identity.folder import Identity
 from cosilo_common.identity.keys import load_tls_key
+from cosilo_common.identity.names import peer_from_certificate
 from cosilo_common.identity.secret_files import read_public, replace_file
+from cosilo_common.identity.trust import SignedTrust, pem_of
 
 DUE_AFTER_SHARE = 2 / 3  # of a certificate's life: of 90 days, 30 are left for a site that is away or an alert that is read late
 
@@ -22,6 +27,18 @@ def renewal_due(identity: Identity, now: datetime) -> bool:
     leaf = read_chain(read_public(identity.tls.certificate, CHAIN_BYTES_MAX))[0]
     life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
     return now >= leaf.not_valid_before_utc + life * DUE_AFTER_SHARE
+
+
+def superseded(identity: Identity) -> bool:
+    """Whether the certificate is of an intermediate that the trust document no longer puts first, or of a root that goes:
+    then it is renewed at once, since it will not count for long."""
+    trust = identity.trust()
+    if trust is None:
+        return False
+    chain = read_chain(read_public(identity.tls.certificate, CHAIN_BYTES_MAX))
+    if peer_from_certificate(pem_of(chain[0]).encode()).issuer != trust.trust.issuers[0]:
+        return True
+    return not _signed_by_newest(chain[-1], trust)  # of an enrolment in the overlap: signed over by the old root
 
 
 def renewal_request(identity: Identity) -> bytes:
@@ -38,3 +55,11 @@ def take_renewed(identity: Identity, chain_pem: bytes, now: datetime) -> datetim
     leaf = check_issued(chain_pem, ca, load_tls_key(identity.tls.key), identity.peer, now)
     replace_file(identity.tls.certificate, chain_pem)
     return leaf.not_valid_after_utc
+
+
+def _signed_by_newest(top: x509.Certificate, trust: SignedTrust) -> bool:
+    try:
+        top.verify_directly_issued_by(trust.trust.root_certificates()[0])
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True

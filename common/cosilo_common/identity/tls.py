@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from cosilo_common.errors import CosiloError
@@ -35,14 +36,21 @@ from cosilo_common.identity.certificates import (
 )
 from cosilo_common.identity.keys import KEY_FILE_BYTES_MAX
 from cosilo_common.identity.names import Peer, peer_from_certificate
+from cosilo_common.identity.proxy import Proxy
 from cosilo_common.identity.secret_files import read_public, read_secret
 
 MESSAGE_BYTES_MAX = 32 << 20  # the largest message is a manifest (16 MiB) or a round's shares (400 sites); bulk goes in chunks of 1 MiB
 ENROLMENT_REQUEST_BYTES_MAX = 16 * 1024  # anybody may call that port: a request is two keys, two signatures and a CSR of at most 4 KiB
-KEEPALIVE_MS = 30_000  # firewalls and NAT forget idle connections after a few minutes at least; a lost link shows within a minute
-KEEPALIVE_TIMEOUT_MS = 20_000  # a loaded link may hold a ping behind a few chunks
-PING_INTERVAL_MIN_MS = 10_000  # the server's patience: a third of KEEPALIVE_MS, so that no honest client is told "too many pings"
+KEEPALIVE_MS = 12_000  # of silence, then a ping; also far below what firewalls and NAT forget idle connections after
+KEEPALIVE_TIMEOUT_MS = 15_000  # for its answer: a half-open link shows within 30 s of silence; at 1 MB/s a ping waits behind 8 s of buffers
+PING_INTERVAL_MIN_MS = 5_000  # the server's patience: below half of KEEPALIVE_MS, so that no honest client is told "too many pings"
 HANDSHAKE_TIMEOUT_MS = 20_000  # a handshake is two round trips; gRPC's own limit, 120 s, keeps a dead peer's socket two minutes
+METADATA_BYTES_MAX = 8 << 10  # headers of one call; Cosilo sends none of its own, and a status' words are cut at 1000 characters
+STREAMS_PER_CONNECTION_MAX = 64  # calls open on one connection: a daemon has a handful, and the rest wait at the caller
+CONNECTIONS_MAX = 4096  # four each for the 1000 sites that a manifest may name; one more is hung up on before its handshake
+ENROLMENT_CONNECTIONS_MAX = 64  # enrolling takes a second; this many at once are a flood
+ENROLMENT_CONNECTION_LIFE_MS = 60_000  # an enrolment is one call: whoever stays longer holds one of those for nothing
+CONNECTION_IDLE_MS = 300_000  # a site's stream is always open; a connection without a call for so long serves nobody
 RECONNECT_FIRST_MS = 1_000
 RECONNECT_MAX_MS = 30_000  # gRPC's 120 s would keep a site away for two minutes after a coordinator's restart
 
@@ -73,14 +81,14 @@ class _Loaded:
     key: bytes
 
 
-def federation_channel(address: str, tls: TlsFiles) -> grpc.aio.Channel:
+def federation_channel(address: str, tls: TlsFiles, proxy: Proxy | None = None) -> grpc.aio.Channel:
     """A channel to the coordinator's federation port, with this party's certificate. Reads the files now; connects when
     first used.
 
-    address: `host:port`, `[v6]:port`. Raises CosiloError where a file is missing, readable by others, or key and
-    certificate do not match.
+    address: `host:port`, `[v6]:port`; proxy: instead of what the environment says. Raises CosiloError where a file is
+    missing, readable by others, or key and certificate do not match.
     """
-    return grpc.aio.secure_channel(address, _client_credentials(_load(tls)), options=client_options())
+    return grpc.aio.secure_channel(address, _client_credentials(_load(tls)), options=client_options(proxy))
 
 
 def federation_channel_sync(address: str, tls: TlsFiles) -> grpc.Channel:
@@ -88,11 +96,11 @@ def federation_channel_sync(address: str, tls: TlsFiles) -> grpc.Channel:
     return grpc.secure_channel(address, _client_credentials(_load(tls)), options=client_options())
 
 
-def enrolment_channel(address: str, ca_pem: bytes) -> grpc.aio.Channel:
+def enrolment_channel(address: str, ca_pem: bytes, proxy: Proxy | None = None) -> grpc.aio.Channel:
     """A channel to the enrolment port. The caller has no certificate yet; the coordinator is checked against the
     invitation's CA all the same."""
     read_chain(ca_pem)
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=client_options())
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=client_options(proxy))
 
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
@@ -107,14 +115,19 @@ def enrolment_server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     return _reloading_credentials(tls, ask_client=False)
 
 
-def client_options() -> Options:
+def client_options(proxy: Proxy | None = None) -> Options:
     """Channel options of every client."""
     return [
+        *(proxy.channel_options() if proxy is not None else ()),
         ("grpc.ssl_target_name_override", COORDINATOR_DNS_NAME),
         *_message_limits(MESSAGE_BYTES_MAX),
         *_receive_window(),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        (
+            "grpc.http2.ping_timeout_ms",
+            KEEPALIVE_TIMEOUT_MS,
+        ),  # what gRPC 1.85 goes by: 60 s unless it is set, whatever keepalive says
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # 0 is no limit: a site that trains for an hour sends nothing else
         ("grpc.initial_reconnect_backoff_ms", RECONNECT_FIRST_MS),
@@ -127,13 +140,29 @@ def client_options() -> Options:
     ]
 
 
-def server_options(message_bytes_max: int = MESSAGE_BYTES_MAX) -> Options:
-    """Server options; the enrolment port passes ENROLMENT_REQUEST_BYTES_MAX."""
+def enrolment_server_options() -> Options:
+    """Options of the enrolment port, where anybody may call: small requests, few connections, and none that stays."""
     return [
+        *server_options(ENROLMENT_REQUEST_BYTES_MAX, ENROLMENT_CONNECTIONS_MAX),
+        ("grpc.max_connection_age_ms", ENROLMENT_CONNECTION_LIFE_MS),
+        ("grpc.max_connection_age_grace_ms", HANDSHAKE_TIMEOUT_MS),
+    ]
+
+
+def server_options(message_bytes_max: int = MESSAGE_BYTES_MAX, connections_max: int = CONNECTIONS_MAX) -> Options:
+    """Options of the federation port; `enrolment_server_options` are the other's."""
+    return [
+        ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),  # without it, gRPC refuses only some calls between the two
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+        ("grpc.max_allowed_incoming_connections", connections_max),
+        ("grpc.max_connection_idle_ms", CONNECTION_IDLE_MS),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: masks do not compress, and a small message must not become a large one
         *_message_limits(message_bytes_max, send_bytes_max=MESSAGE_BYTES_MAX),
         *_receive_window(),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
@@ -230,7 +259,7 @@ def _public_half(path: Path, key_pem: bytes) -> bytes:
         key: Any = load_pem_private_key(key_pem, password=None)
     except TypeError:
         raise CosiloError("read TLS files", f"{path} is encrypted", "decrypt it: a daemon starts without anybody to type") from None
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise CosiloError("read TLS files", f"{path} is not a private key in PEM", "check that it is the right file") from None
     public: bytes = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return public

@@ -32,6 +32,8 @@ def add_to(parent: typer.Typer) -> None:
     command(checkpoints, "list", list_checkpoints)
     command(checkpoints, "pull", pull)
     command(checkpoints, "export", export)
+    command(checkpoints, "keep", keep)
+    command(checkpoints, "unkeep", unkeep)
     command(parent, "sample", sample)
 
 
@@ -47,7 +49,7 @@ def list_checkpoints(seat: Seat, run: RunName, as_json: AsJson = False) -> None:
         say_json({"run": summary.run.hex(), "checkpoints": checkpoints})
         return
     columns(
-        ("ROUND", "WEIGHTS", "EMA", "BYTES", "CREATED"),
+        ("ROUND", "WEIGHTS", "EMA", "BYTES", "CREATED", "KEPT"),
         (
             (
                 str(c["round"]),
@@ -55,10 +57,50 @@ def list_checkpoints(seat: Seat, run: RunName, as_json: AsJson = False) -> None:
                 short(c["ema"] or ""),
                 str(c["bytes"]),
                 time_words(c["created_unix_s"]),
+                _fate(c),
             )
             for c in checkpoints
         ),
     )
+
+
+def _fate(checkpoint: CheckpointShape) -> str:
+    """Why it is there, or since when it is not."""
+    if checkpoint["retired_unix_s"] is not None:
+        return f"retired {time_words(checkpoint['retired_unix_s'])}"
+    return checkpoint["kept"] or "until the next collection"
+
+
+def keep(
+    seat: Seat,
+    run: RunName,
+    at_round: Annotated[int, typer.Argument(min=0, metavar="ROUND", help="The round that made it.", show_default=False)],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="A name of its own in the run.", show_default=False)] = "",
+) -> None:
+    """Keep a checkpoint whatever the retention policy says."""
+    _shelve(seat, run, at_round, name, leave=False)
+    say(f"the checkpoint of round {at_round} is kept" + (f" as {name}" if name else ""))
+
+
+def unkeep(
+    seat: Seat,
+    run: RunName,
+    at_round: Annotated[int, typer.Argument(min=0, metavar="ROUND", help="The round that made it.", show_default=False)],
+) -> None:
+    """Leave a kept checkpoint to the retention policy again."""
+    _shelve(seat, run, at_round, "", leave=True)
+    say(f"the checkpoint of round {at_round} is left to the retention policy")
+
+
+def _shelve(seat: Seat, run: str, at_round: int, name: str, *, leave: bool) -> None:
+    from cosilo_common.rpc.v1 import admin_pb2
+    from cosilo_server.cli.connection import connect
+    from cosilo_server.cli.run_names import find_run
+
+    with connect(seat) as coordinator:
+        summary = find_run(coordinator, run)
+        question = admin_pb2.KeepCheckpointRequest(run=summary.run, round=at_round, name=name, leave=leave)
+        coordinator.ask("keep checkpoint", coordinator.admin.KeepCheckpoint, question)
 
 
 def pull(
@@ -217,6 +259,12 @@ def _choose(checkpoints: list[CheckpointShape], name: str, at_round: int | None)
     if not found:
         what = "no checkpoint" if at_round is None else f"no checkpoint of round {at_round}"
         raise CosiloError("find checkpoint", f"{name} has {what}", f"cosilo checkpoint list {name!r} shows those it has")
+    if (retired := found[-1]["retired_unix_s"]) is not None:
+        raise CosiloError(
+            "find checkpoint",
+            f"that of round {found[-1]['round']} was retired by policy on {time_words(retired)}",
+            "choose one that cosilo checkpoint list says is kept; cosilo checkpoint keep keeps the next ones",
+        )
     return found[-1]
 
 

@@ -84,22 +84,39 @@ def connect(seat: Seat) -> Iterator[Coordinator]:
     channel = federation_channel_sync(address, identity.tls)
     try:
         coordinator = Coordinator(channel, identity, address)
-        _renew_if_due(coordinator)
+        follow_ca(coordinator)
         yield coordinator
     finally:
         channel.close()
 
 
-def _renew_if_due(coordinator: Coordinator) -> None:
-    """Renews the admin's certificate in its last third, by the way of whatever was asked."""
-    from cosilo_common.identity.renewal import renewal_due, renewal_request, take_renewed
+def follow_ca(coordinator: Coordinator) -> None:
+    """Renews the admin's certificate in its last third, or of a CA that goes, by the way of whatever was asked."""
+    from cosilo_common.identity.renewal import renewal_due, renewal_request, superseded, take_renewed
     from cosilo_common.rpc.v1.site_pb2 import RenewCertificateRequest
+    from cosilo_server.cli.members import fetch_members
 
     now = datetime.now(UTC)
     if renewal_due(coordinator.identity, now):
+        fetch_members(coordinator)  # and the trust document with it: a new CA's certificate is not taken without it
+    if renewal_due(coordinator.identity, now) or superseded(coordinator.identity):
         question = RenewCertificateRequest(csr=renewal_request(coordinator.identity))
         answer = coordinator.ask("renew certificate", coordinator.site.RenewCertificate, question)
         take_renewed(coordinator.identity, answer.certificate_chain, now)
+        _show_renewed(coordinator)
+
+
+def _show_renewed(coordinator: Coordinator) -> None:
+    """Shows the coordinator the new certificate, so that it knows that it may stop taking the old one."""
+    from cosilo_common.identity.tls import federation_channel_sync
+    from cosilo_common.rpc.v1 import site_pb2
+
+    channel = federation_channel_sync(coordinator.address, coordinator.identity.tls)
+    try:
+        shown = Coordinator(channel, coordinator.identity, coordinator.address)
+        shown.ask("show certificate", shown.admin.GetMemberList, site_pb2.GetMembersRequest())
+    finally:
+        channel.close()
 
 
 def quiet_grpc() -> None:

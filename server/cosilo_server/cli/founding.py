@@ -34,8 +34,13 @@ page = "127.0.0.1:7480"
 [paths]
 # Certificates and keys, as cosilo init made them: this folder.
 identity = "."
-# state.db, artifacts/ and spool/: needs room for every checkpoint, and for one update of each site.
+# state.db, artifacts/ and spool/: needs room for the checkpoints that are kept, and for one update of each site.
 data = "data"
+
+# What is kept of each run, beside the newest checkpoint and those of `cosilo checkpoint keep`; the rest is deleted. These are the defaults.
+# [retention]
+# keep_last = 5
+# keep_every = 10  # the checkpoint of every tenth round, for good; 0 for none
 """
 
 

@@ -28,6 +28,7 @@ EXPIRES_DAYS_DEFAULT = 7
 EXPIRES_DAYS_MAX = 90  # identity.invitation's own bound
 DAY_S = 86_400
 SITE, ADMIN = "site", "admin"
+LEFT = "left"  # the state of a member that left by itself
 
 PartyName = Annotated[str, typer.Argument(metavar="NAME", help="1 to 63 of a to z, 0 to 9 and -.", show_default=False)]
 OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The invitation; a new file, mode 0600.", show_default=False)]
@@ -107,14 +108,20 @@ def revoke_admin(seat: Seat, name: PartyName, yes: Yes = False) -> None:
     _revoke(seat, ADMIN, name, yes)
 
 
-def members(seat: Seat, as_json: AsJson = False) -> None:
+def members(
+    seat: Seat,
+    put_back: Annotated[
+        bool, typer.Option("--put-back", help="Give a restored coordinator the newest list that this folder has seen.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """The verified members list, with fingerprints."""
     from cosilo_common.identity.keys import fingerprint
     from cosilo_server.cli.connection import connect
-    from cosilo_server.cli.members import fetch_members
+    from cosilo_server.cli.members import fetch_members, put_members_back
 
     with connect(seat) as coordinator:
-        signed = fetch_members(coordinator)
+        signed = put_members_back(coordinator) if put_back else fetch_members(coordinator)
     listed = [
         {
             "name": member.name,
@@ -202,7 +209,7 @@ def _list(seat: Seat, role: str, as_json: bool) -> None:
         (
             (
                 e["name"],
-                e["state"],
+                f"left: revoke {e['name']}" if e["state"] == LEFT else e["state"],
                 e["fingerprint"] or "",
                 time_words(e["expires_unix_s"]),
                 time_words(e["enrolled_unix_s"] or 0),
@@ -260,8 +267,9 @@ def _standing(enrolments: list[EnrolmentShape], signed: SignedMembers, role: str
         member = enrolment["key"] is not None and keys.get(enrolment["name"]) == enrolment["key"]
         if member:
             keys.pop(enrolment["name"])
-        claimed = "enrolled" if enrolment["state"] == "member" else enrolment["state"]
-        listed.append({**enrolment, "state": "member" if member else claimed})
+        claimed = "enrolled" if enrolment["state"] in ("member", LEFT) else enrolment["state"]
+        belongs = LEFT if enrolment["state"] == LEFT else "member"
+        listed.append({**enrolment, "state": belongs if member else claimed})
     for name, key in sorted(keys.items()):  # the first admin, and members whose enrolment the coordinator has forgotten
         listed.append(
             {
@@ -289,6 +297,7 @@ def _waiting(listed: list[EnrolmentShape], role: str, name: str) -> EnrolmentSha
     state = of_name[0]["state"]
     hints: dict[str, Callable[[], str]] = {
         "member": lambda: "nothing is left to do",
+        LEFT: lambda: f"cosilo {role} revoke {name}; to have it back, invite it again after that",
         "invited": lambda: f"have {name} enrol with the invitation first",
         "expired": lambda: f"invite it again: cosilo {role} invite {name} --out FILE",
         "revoked": lambda: f"invite it again: cosilo {role} invite {name} --out FILE",
@@ -299,6 +308,7 @@ def _waiting(listed: list[EnrolmentShape], role: str, name: str) -> EnrolmentSha
 def _state_words(state: str) -> str:
     return {
         "member": "a member already",
+        LEFT: "a member that left by itself",
         "invited": "invited and has not enrolled yet",
         "expired": "not enrolled, and its invitation expired",
     }.get(state, state)

@@ -140,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise _error(path, f"longer than {RUN_FILE_BYTES_MAX} bytes", "check that it is the right file")
     try:
         return tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no text, a number of thousands of digits, thousands of brackets
         raise _error(path, f"not TOML: {error}", "correct the file") from None
 
 

@@ -1,4 +1,4 @@
-"""`cosilo run`: make a run out of a file, list runs, show one, stop one, watch one."""
+"""`cosilo run`: make a run out of a file, list runs, show one, pause, resume or stop one, watch one."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def add_to(parent: typer.Typer) -> None:
     command(runs, "create", create)
     command(runs, "list", list_runs)
     command(runs, "show", show)
+    command(runs, "pause", pause)
+    command(runs, "resume", resume)
     command(runs, "stop", stop)
     command(runs, "watch", watch)
 
@@ -168,6 +170,38 @@ def _terms(manifest: Manifest) -> list[tuple[str, str]]:
         ("training", f"{training.local_epochs} epochs of batches of {training.batch_size}, at {training.learning_rate:g}"),
         ("server", f"{server.kind} at {server.learning_rate:g}{ema}"),
     ]
+
+
+def pause(
+    seat: Seat,
+    run: RunName,
+    reason: Annotated[
+        str, typer.Option("--reason", metavar="TEXT", help="Shown wherever the run is; 200 characters at most.", show_default=False)
+    ] = "",
+    abandon: Annotated[bool, typer.Option("--abandon", help="Abandon the round in progress too; its training is lost.")] = False,
+) -> None:
+    """Start no round until `run resume`; what was ordered waits, and the round in progress goes to its end."""
+    from cosilo_common.rpc.v1 import admin_pb2
+    from cosilo_server.cli.connection import connect
+    from cosilo_server.cli.run_names import find_run
+
+    with connect(seat) as coordinator:
+        summary = find_run(coordinator, run)
+        request = admin_pb2.PauseRunRequest(run=summary.run, reason=reason, abandon=abandon)
+        coordinator.ask("pause run", coordinator.admin.PauseRun, request)
+    say(f"paused {summary.name} {short(summary.run)}")
+
+
+def resume(seat: Seat, run: RunName) -> None:
+    """Let a paused run go on with the rounds that were ordered."""
+    from cosilo_common.rpc.v1 import admin_pb2
+    from cosilo_server.cli.connection import connect
+    from cosilo_server.cli.run_names import find_run
+
+    with connect(seat) as coordinator:
+        summary = find_run(coordinator, run)
+        coordinator.ask("resume run", coordinator.admin.ResumeRun, admin_pb2.ResumeRunRequest(run=summary.run))
+    say(f"resumed {summary.name} {short(summary.run)}")
 
 
 def stop(

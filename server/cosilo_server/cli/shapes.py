@@ -83,6 +83,29 @@ class CheckpointShape(TypedDict):
     ema: str | None
     bytes: int
     created_unix_s: float
+    name: str | None
+    kept: str | None
+    retired_unix_s: float | None
+
+
+class CaPartyShape(TypedDict):
+    """A member's newest certificate: current, old, or unseen."""
+
+    name: str
+    role: str
+    certificate: str
+    expires_unix_s: int | None
+
+
+class CaShape(TypedDict):
+    """The CA as it stands. waiting: names without a certificate of today's CA, in an overlap."""
+
+    version: int
+    overlap: bool
+    roots_expire_unix_s: list[int]
+    intermediate_expires_unix_s: int
+    parties: list[CaPartyShape]
+    waiting: list[str]
 
 
 class EnrolmentShape(TypedDict):
@@ -106,6 +129,7 @@ class SiteShape(TypedDict):
     address: str
     certificate_expires_unix_s: int | None
     software: str
+    left_unix_s: float | None
 
 
 class StatusShape(TypedDict):
@@ -177,6 +201,9 @@ def checkpoint_shape(checkpoint: admin_pb2.Checkpoint) -> CheckpointShape:
         "ema": checkpoint.ema_digest.hex() or None,
         "bytes": checkpoint.bytes,
         "created_unix_s": checkpoint.created_unix_s,
+        "name": checkpoint.name or None,
+        "kept": checkpoint.kept or None,
+        "retired_unix_s": checkpoint.retired_unix_s or None,
     }
 
 
@@ -212,6 +239,7 @@ def status_shape(status: admin_pb2.GetStatusResponse) -> StatusShape:
                 "address": site.address,
                 "certificate_expires_unix_s": site.certificate_expires_unix_s or None,
                 "software": site.software,
+                "left_unix_s": site.left_unix_s or None,
             }
             for site in status.sites
         ],

@@ -43,7 +43,7 @@ def status(seat: Seat, as_json: AsJson = False) -> None:
         (
             (
                 site["site"],
-                "yes" if site["connected"] else "no",
+                f"left: revoke {site['site']}" if site["left_unix_s"] else "yes" if site["connected"] else "no",
                 time_words(site["last_seen_unix_s"] or 0),
                 site["address"],
                 time_words(site["certificate_expires_unix_s"] or 0),

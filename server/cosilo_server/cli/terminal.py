@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from typing import TextIO
 
-from cosilo_common.errors import CosiloError, printable
+from cosilo_common.errors import CosiloError, one_line, printable
 
 SHORT_DIGEST_CHARS = 12  # 48 bits tell any federation's runs apart; a person can still compare two of them
 COLUMN_GAP = "  "
@@ -79,7 +79,7 @@ def agree(question: str) -> bool | None:
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows under a header, each column as wide as its widest cell; an empty cell shows as a dash."""
-    table = [tuple(header), *(tuple(cell or NOTHING for cell in row) for row in rows)]
+    table = [tuple(header), *(tuple(one_line(cell) or NOTHING for cell in row) for row in rows)]
     widths = [max(len(row[place]) for row in table) for place in range(len(header))]
     for row in table:
         say(COLUMN_GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -87,7 +87,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def fields(pairs: Iterable[tuple[str, str]]) -> None:
     """Names and values, one pair a line."""
-    listed = [(name, value or NOTHING) for name, value in pairs]
+    listed = [(name, one_line(value) or NOTHING) for name, value in pairs]
     width = max(len(name) for name, _ in listed)
     for name, value in listed:
         say(f"{name.ljust(width)}{COLUMN_GAP}{value}")

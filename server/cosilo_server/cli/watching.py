@@ -86,10 +86,12 @@ class Patience:
         if self._abandoned_in_a_row >= self._abandoned_max and last is not None:
             counted, reason = self._abandoned_in_a_row, last["reason"] or "no reason given"
             return Verdict(ExitCode.FAILED, f"{counted} rounds in a row were abandoned, the last one: {reason}")
-        if in_progress or run["state"] not in ("idle", "stopped"):
+        if in_progress or run["state"] not in ("idle", "stopped", "paused"):
             return None
         if run["state"] == "stopped":
             return Verdict(ExitCode.FAILED, f"the run is stopped{': ' + run['note'] if run['note'] else ''}")
+        if run["state"] == "paused":
+            return Verdict(ExitCode.FAILED, f"the run is {run['note'] or 'paused'}")
         if run["rounds_closed"] < run["rounds_wanted"]:
             return Verdict(ExitCode.FAILED, f"{run['rounds_closed']} of {run['rounds_wanted']} rounds closed")
         if last is not None and last["phase"] == ABANDONED:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -50,11 +50,15 @@ class PagePort:
         self._tasks: list[asyncio.Task[None]] = []
         self._feed: Feed | None = None
 
-    def serve(self, app: ASGIApp, feed: Feed) -> None:
-        """Begins to answer, on the running event loop."""
+    def serve(self, app: ASGIApp, feed: Feed, refused: Callable[[str], None] = lambda _reason: None) -> None:
+        """Begins to answer, on the running event loop. refused: told the reason (`page_connections`, `page_slow`) for each that is hung up on."""
+
+        class Connection(_Connection):
+            refuse = staticmethod(refused)
+
         settings = uvicorn.Config(
             app,
-            http=_Connection,
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -96,6 +100,8 @@ class _Server(uvicorn.Server):
 class _Connection(H11Protocol):
     """One connection, for one request: refused where there are enough, ended where it takes too long."""
 
+    refuse: Callable[[str], None]
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it so too
         super().connection_made(transport)
         self._timers = [
@@ -103,6 +109,7 @@ class _Connection(H11Protocol):
             self.loop.call_later(CONNECTION_LIFE_S, transport.abort),
         ]
         if len(self.connections) > CONNECTIONS_MAX:
+            self.refuse("page_connections")
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -112,6 +119,7 @@ class _Connection(H11Protocol):
 
     def _hang_up_unless_asked(self) -> None:
         if not self.cycle:  # uvicorn sets it with the first request, whatever its type says
+            self.refuse("page_slow")
             self.transport.abort()
 
 

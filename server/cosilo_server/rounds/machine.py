@@ -47,7 +47,7 @@ from cosilo_server.rounds.state import ACTIVITY_ORDER, DeclineCode, Phase, Round
 ATTEMPTS_MAX = 5  # PROTOCOL.md, phase 2
 PROGRESS_PARTS = 128  # a transfer counts as advancing when it moved this part of the model: bounds how long a dribble can hold a round
 PROGRESS_BYTES_MIN = 64 << 10  # and at least this much, so that a tiny model is not held by single bytes
-GRACES_MAX = 3  # reconnections in a phase that give a whole deadline again: a site may crash twice, not hold a round by flapping
+GRACES_MAX = 3  # returns in a phase, of a link or from a pause, that give a whole deadline again: a site may crash twice, not flap for ever
 
 Step = tuple[Round, tuple[Effect, ...]]
 
@@ -163,6 +163,9 @@ def _progress(state: Round, name: str, said: Site, now: float) -> Round:
     further = tenths > site.tenths or min(said.bytes_moved // part, most) > site.bytes_moved // part
     whole = site.bytes_moved < state.base_bytes <= said.bytes_moved
     if not later and (said.activity is not site.activity or not (further or whole)):
+        if site.declined is not None and site.graces < GRACES_MAX:  # it was paused, and begins this round's work again
+            again = {"activity": said.activity, "tenths": tenths, "bytes_moved": said.bytes_moved}
+            return _with_site(state, name, **again, progressed_at=now, declined=None, graces=site.graces + 1)
         return state
     if not later:
         tenths = max(tenths, site.tenths)

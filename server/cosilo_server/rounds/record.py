@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cosilo_common.errors import CosiloError
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_server.rounds.state import DeclineCode, Phase, Round, Site, Terms, Upload
 
@@ -50,9 +51,20 @@ def dump(state: Round) -> tuple[str, dict[bytes, bytes]]:
 def load(
     document: str, blobs: Mapping[bytes, bytes], *, run: bytes, number: int, kind: RoundKind, terms: Terms, started_at: float
 ) -> Round:
-    """The inverse of `dump`, with what the run's manifest and the store's row say. Raises KeyError where a message is missing."""
-    raw = json.loads(document)
+    """The inverse of `dump`, with what the run's manifest and the store's row say.
 
+    Raises CosiloError where it is no round's document, or a message is missing.
+    """
+    try:
+        return _load(json.loads(document), blobs, run=run, number=number, kind=kind, terms=terms, started_at=started_at)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # whatever does not fit where it is read
+        subject = f"round {number} of run {run.hex()[:12]} is not as it was written ({type(error).__name__})"
+        raise CosiloError("read round", subject, "the database is damaged: put the newest backup back (`cosilo restore`)") from None
+
+
+def _load(
+    raw: dict[str, Any], blobs: Mapping[bytes, bytes], *, run: bytes, number: int, kind: RoundKind, terms: Terms, started_at: float
+) -> Round:
     def find(digest: str | None) -> bytes | None:
         return None if digest is None else blobs[bytes.fromhex(digest)]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 
 import grpc
 
+from cosilo_common.audit import Note
 from cosilo_common.errors import CosiloError
 from cosilo_common.framing import frame_data
 from cosilo_common.identity.names import Peer, Role
@@ -22,6 +25,32 @@ from cosilo_server.services.gate import Context, Gate
 from cosilo_server.store import Store
 
 PROGRESS_EVERY_CHUNKS = 16  # 16 MiB: often enough against a deadline of minutes, seldom enough to cost nothing
+NOTED_AGAIN_S = 3600.0  # the same caller's same artifact within that time is no news
+NOTED_MAX = 4096  # pairs of those remembered: a few for each of 1000 sites
+
+
+class DownloadNotes:
+    """Notes who downloaded what, once an hour: asking for an artifact's last byte for ever must not fill the audit log's disk.
+
+    clock: seconds, monotonic.
+    """
+
+    def __init__(self, note: Note, clock: Callable[[], float] = time.monotonic, remembered: int = NOTED_MAX) -> None:
+        self._note = note
+        self._clock = clock
+        self._remembered = remembered
+        self._noted: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def downloaded(self, who: str, artifact: str, size_bytes: int) -> None:
+        """The last byte went out."""
+        now, key = self._clock(), (who, artifact)
+        if now - self._noted.get(key, -NOTED_AGAIN_S) < NOTED_AGAIN_S:
+            return
+        self._noted[key] = now
+        self._noted.move_to_end(key)
+        if len(self._noted) > self._remembered:
+            self._noted.popitem(last=False)
+        self._note(who, "downloaded", artifact=artifact, bytes=size_bytes)
 
 
 async def send_artifact(
@@ -30,6 +59,7 @@ async def send_artifact(
     store: Store,
     metrics: CoordinatorMetrics,
     artifacts: Artifacts,
+    notes: DownloadNotes,
     peer: Peer,
     request: site_pb2.GetArtifactRequest,
     context: Context,
@@ -37,10 +67,12 @@ async def send_artifact(
     """Chunks of an artifact that the caller may have, from the offset to the end."""
     site = peer.name.name
     sent, began = 0, time.monotonic()
+    leases = ExitStack()
     serving = _round_served(conductor, site, request.digest) if peer.name.role is Role.SITE else None
     try:
-        source = await asyncio.to_thread(FileSource, artifacts.path(request.digest.hex()))
+        source = await asyncio.to_thread(FileSource, leases.enter_context(artifacts.lease(request.digest.hex())))
     except CosiloError as error:
+        leases.close()
         await gate.refuse(context, error)
     try:
         if request.offset > source.size:
@@ -50,6 +82,7 @@ async def send_artifact(
         yield site_pb2.GetArtifactResponse(total_bytes=source.size).SerializeToString()
         offset, count = request.offset, 0
         while chunk := await asyncio.to_thread(source.chunk_at, offset):
+            await gate.check_still_member(peer, context)  # a removed member gets not one chunk more
             yield frame_data(chunk)
             offset += len(chunk)
             sent += len(chunk)
@@ -58,8 +91,12 @@ async def send_artifact(
                 progress = Progressed(site, Activity.FETCHING, 10 * offset // source.size, offset)
                 await conductor.handle(serving.run, progress, serving.number)
         metrics.transfer_duration.labels(direction="down").observe(time.monotonic() - began)
+        leases.close()
+        notes.downloaded(str(peer.name), request.digest.hex(), source.size)
+        artifacts.has_been_read(request.digest.hex())
     finally:
         source.close()
+        leases.close()
         if peer.name.role is Role.SITE:
             metrics.transfer_bytes.labels(direction="down", site=site).inc(sent)
         if serving is not None:

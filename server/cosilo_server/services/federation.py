@@ -12,8 +12,10 @@ from typing import Any
 import grpc
 import structlog
 
+from cosilo_common.audit import Note, no_note
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.names import Peer, Role
+from cosilo_common.protocol_version import PROTOCOL_VERSION, version_gap
 from cosilo_common.rpc.v1 import site_pb2, site_pb2_grpc
 from cosilo_common.secagg.messages import Signed
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
@@ -23,7 +25,9 @@ from cosilo_server.conductor import Conductor
 from cosilo_server.membership import StoredMembers
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Declined, Progressed
-from cosilo_server.services.downloads import send_artifact
+from cosilo_server.services.admission import Bucket
+from cosilo_server.services.ca import CaDesk
+from cosilo_server.services.downloads import DownloadNotes, send_artifact
 from cosilo_server.services.gate import Context, Gate
 from cosilo_server.services.translation import ACTIVITY_FROM_WIRE, DECLINE_FROM_WIRE, assignment_to_wire
 from cosilo_server.services.uploads import UploadDesk
@@ -32,9 +36,9 @@ from cosilo_server.verification import is_repeat, is_superfluous, verified_event
 
 log = structlog.get_logger(__name__)
 
-PROTOCOL_VERSION = 1
 HELLO_TIMEOUT_S = 20.0  # a first message follows the stream at once; a stream without one holds a slot for nothing
 SOFTWARE_CHARS_MAX = 64
+ATTENDING_PER_MINUTE_MAX = 600  # a site speaks at each tenth of its work and every few seconds; whoever says more is read more slowly
 
 
 class SiteService(site_pb2_grpc.SiteServiceServicer):
@@ -54,7 +58,11 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         authority: Authority,
         metrics: CoordinatorMetrics,
         streams_per_site: int,
+        ca: CaDesk | None = None,
+        note: Note = no_note,
     ) -> None:
+        self._note = note
+        self._downloads = DownloadNotes(note)
         self._gate = gate
         self._conductor = conductor
         self._store = store
@@ -64,6 +72,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         self._authority = authority
         self._metrics = metrics
         self._streams_max = streams_per_site
+        self._ca = ca
         self._streams: dict[str, int] = {}
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -109,18 +118,13 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         if first.WhichOneof("what") != "hello":
             await self._gate.abort(context, grpc.StatusCode.INVALID_ARGUMENT, "no_hello", "the first message of a stream is `hello`")
         hello = first.hello
-        if hello.protocol_version != PROTOCOL_VERSION:
-            await self._gate.abort(
-                context,
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "protocol_version",
-                f"hello.protocol_version {hello.protocol_version}: this coordinator speaks {PROTOCOL_VERSION}; upgrade the older side",
-            )
+        if gap := version_gap(hello.protocol_version, PROTOCOL_VERSION):
+            log.warning("site not admitted", site=peer.name.name, reason=gap, software=hello.software[:SOFTWARE_CHARS_MAX])
+            await self._gate.abort(context, grpc.StatusCode.FAILED_PRECONDITION, "protocol_version", f"hello.protocol_version: {gap}")
         software = hello.software[:SOFTWARE_CHARS_MAX]
         seen = SiteSeen(peer.name.name, time.time(), context.peer(), software, peer.not_after.timestamp())
         await asyncio.to_thread(self._store.saw_site, seen)
         self._metrics.site_last_seen.labels(site=seen.site).set(seen.at)
-        self._metrics.certificate_expiry.labels(subject=f"site/{seen.site}").set(seen.certificate_expires_at)
         log.info("site connected", site=seen.site, peer=context.peer(), software=software)
 
     async def _snapshots(
@@ -134,16 +138,16 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
                 while not reader.done():
                     await _either(changed, reader)
                     changed.clear()
-                    if not self._gate.still_member(peer):
-                        await self._gate.abort(
-                            context, grpc.StatusCode.PERMISSION_DENIED, "revoked", f"{peer.name} is no longer a member of this federation"
-                        )
+                    await self._gate.check_still_member(peer, context)
                     owed = self._conductor.owed(site)
-                    version = self._members.version()
-                    if (owed, version) != told:
-                        told = (owed, version)
+                    version, trust_version = self._members.version(), self._ca.trust_version() if self._ca else 0
+                    if (owed, version, trust_version) != told:
+                        told = (owed, version, trust_version)
                         yield site_pb2.AttendResponse(
-                            owed=[assignment_to_wire(one) for one in owed], members_version=version, protocol_version=PROTOCOL_VERSION
+                            owed=[assignment_to_wire(one) for one in owed],
+                            members_version=version,
+                            protocol_version=PROTOCOL_VERSION,
+                            trust_version=trust_version,
                         )
             if (error := reader.exception()) is not None:
                 raise error
@@ -151,7 +155,12 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
             reader.cancel()
 
     async def _read(self, site: str, requests: AsyncIterator[site_pb2.AttendRequest]) -> None:
+        now = asyncio.get_running_loop().time
+        pace = Bucket(ATTENDING_PER_MINUTE_MAX, now())
         async for request in requests:
+            while wait_s := pace.take(now()):  # not refused: what is not read waits in the sender's own window
+                self._metrics.rejected.labels(reason="attend_rate").inc()
+                await asyncio.sleep(wait_s)
             self._metrics.site_last_seen.labels(site=site).set(time.time())
             match request.WhichOneof("what"):
                 case "progress":
@@ -165,6 +174,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
                     code = DECLINE_FROM_WIRE.get(declined.code)
                     current = self._conductor.round(declined.run)
                     if code is not None and current is not None and current.number == declined.round:
+                        self._conductor.note_reached(declined.run, site, declined.reached)
                         log.warning("site declines", site=site, run=declined.run.hex()[:12], round=declined.round, code=code)
                         await self._conductor.handle(declined.run, Declined(site, code), declined.round)
                 case _:
@@ -179,9 +189,11 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         if peer.name.role is Role.SITE:
             await self._may_fetch(peer.name.name, request.digest, context)
         if not await asyncio.to_thread(self._artifacts.has, digest if len(request.digest) == 32 else "0" * 64):
-            await self._gate.abort(context, grpc.StatusCode.NOT_FOUND, "unknown_artifact", f"digest {digest[:12]} is not in the store")
+            known = await asyncio.to_thread(self._store.checkpoint_of, request.digest)
+            why = "was retired by the retention policy" if known else "is not in the store"
+            await self._gate.abort(context, grpc.StatusCode.NOT_FOUND, "unknown_artifact", f"digest {digest[:12]} {why}")
         async for response in send_artifact(
-            self._gate, self._conductor, self._store, self._metrics, self._artifacts, peer, request, context
+            self._gate, self._conductor, self._store, self._metrics, self._artifacts, self._downloads, peer, request, context
         ):
             yield response
 
@@ -203,9 +215,11 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         """PutUpdate, with its requests as bytes."""
         peer = await self._gate.site(context)
         try:
-            async with aclosing(self._uploads.receive(peer.name.name, request_iterator)) as responses:
-                async for response in responses:
-                    yield response
+            async with self._conductor.watch() as changed:
+                requests = self._gate.while_member(peer, aiter(request_iterator), changed, context)
+                async with aclosing(self._uploads.receive(peer.name.name, requests)) as responses:
+                    async for response in responses:
+                        yield response
         except CosiloError as error:
             await self._gate.refuse(context, error)
 
@@ -223,8 +237,20 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
             chain = await asyncio.to_thread(self._authority.renew, request.csr, peer, datetime.now(UTC))
         except CosiloError as error:
             await self._gate.refuse(context, error)
+        self._note(str(peer.name), "renewed its certificate")
         log.info("certificate renewed", party=str(peer.name))
         return site_pb2.RenewCertificateResponse(certificate_chain=chain)
+
+    async def Leave(self, request: site_pb2.LeaveRequest, context: Context) -> site_pb2.LeaveResponse:
+        peer = await self._gate.site(context)
+        try:
+            await asyncio.to_thread(self._members.leave, peer.name.name)
+        except CosiloError as error:
+            await self._gate.refuse(context, error)
+        self._note(str(peer.name), "left the federation")
+        await self._conductor.left(peer.name.name)
+        log.warning("site left the federation", site=peer.name.name, next=f"cosilo site revoke {peer.name.name}")
+        return site_pb2.LeaveResponse()
 
     async def _submit(self, site: str, message: bytes) -> None:
         signed = Signed.decode(message)
@@ -257,7 +283,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
 
     async def GetMembers(self, request: site_pb2.GetMembersRequest, context: Context) -> site_pb2.GetMembersResponse:
         await self._gate.site(context)
-        return site_pb2.GetMembersResponse(members=self._members.data())
+        return site_pb2.GetMembersResponse(members=self._members.data(), trust=self._ca.trust() if self._ca else b"")
 
 
 async def _either(changed: asyncio.Event, reader: asyncio.Future[None]) -> None:

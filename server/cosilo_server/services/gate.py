@@ -5,7 +5,8 @@ Owns the mapping from a peer's certificate to a role in this federation, and fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.identity.names import Peer, Role, peer_from_certificate
 from cosilo_common.secagg.violation import ProtocolViolation
 from cosilo_common.transfer import Refusal, TransferError
+from cosilo_server.certificates import RETIRED_WORDS, CertificateBook
 from cosilo_server.metrics import CoordinatorMetrics
 
 log = structlog.get_logger(__name__)
@@ -28,6 +30,7 @@ DETAIL_CHARS_MAX = 1000  # a status travels in a header, whose size gRPC bounds 
 _TRANSFER_STATUS = {
     Refusal.BUSY: grpc.StatusCode.UNAVAILABLE,
     Refusal.INCOMPLETE: grpc.StatusCode.UNAVAILABLE,
+    Refusal.STALLED: grpc.StatusCode.UNAVAILABLE,
     Refusal.DIGEST: grpc.StatusCode.DATA_LOSS,
     Refusal.DISK: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
@@ -36,13 +39,21 @@ _TRANSFER_STATUS = {
 class Gate:
     """Checks each caller's certificate against the federation and its members.
 
-    is_member(peer) answers from the newest members list. TLS has already checked the chain.
+    is_member(peer) answers from the newest members list; certificates, where given, judge by the trust document and keep
+    what was shown. TLS has already checked the chain.
     """
 
-    def __init__(self, federation: str, is_member: Callable[[Peer], bool], metrics: CoordinatorMetrics) -> None:
+    def __init__(
+        self,
+        federation: str,
+        is_member: Callable[[Peer], bool],
+        metrics: CoordinatorMetrics,
+        certificates: CertificateBook | None = None,
+    ) -> None:
         self._federation = federation
         self._is_member = is_member
         self._metrics = metrics
+        self._certificates = certificates
         self._peer_of = lru_cache(maxsize=1024)(peer_from_certificate)
 
     async def site(self, context: Context) -> Peer:
@@ -58,8 +69,46 @@ class Gate:
         return await self._expect(context, Role.SITE, Role.ADMIN)
 
     def still_member(self, peer: Peer) -> bool:
-        """Whether the peer still stands in the members list."""
-        return self._is_member(peer)
+        """Whether the peer still stands in the members list, and its certificate still counts."""
+        return self._is_member(peer) and not self._retired(peer)
+
+    async def while_member(
+        self, peer: Peer, requests: AsyncIterator[bytes], changed: asyncio.Event, context: Context
+    ) -> AsyncIterator[bytes]:
+        """A caller's messages for as long as it is a member: aborts the call at once when it is removed, also while nothing comes.
+
+        changed: set whenever the members list may have changed; this clears it.
+        """
+        arriving: asyncio.Future[bytes | None] | None = None
+        change = asyncio.ensure_future(changed.wait())
+        try:
+            while True:
+                arriving = arriving or asyncio.ensure_future(_next(requests))
+                await asyncio.wait((arriving, change), return_when=asyncio.FIRST_COMPLETED)
+                if change.done():
+                    changed.clear()
+                    change = asyncio.ensure_future(changed.wait())
+                    await self.check_still_member(peer, context)
+                if arriving.done():
+                    message = arriving.result()
+                    if message is None:
+                        return
+                    arriving = None
+                    yield message
+        finally:
+            change.cancel()
+            if arriving is not None:
+                arriving.cancel()
+
+    async def check_still_member(self, peer: Peer, context: Context) -> None:
+        """Aborts a call whose caller was removed since it began, or whose certificate counts no longer."""
+        if self._retired(peer):
+            await self.abort(context, grpc.StatusCode.UNAUTHENTICATED, "retired_ca", f"{peer.name}: {RETIRED_WORDS}")
+        if not self._is_member(peer):
+            await self.abort(context, grpc.StatusCode.PERMISSION_DENIED, "revoked", f"{peer.name} is no longer a member of this federation")
+
+    def _retired(self, peer: Peer) -> bool:
+        return self._certificates is not None and self._certificates.retired(peer)
 
     async def _expect(self, context: Context, *roles: Role) -> Peer:
         pems = list(context.auth_context().get("x509_pem_cert") or ())
@@ -78,13 +127,17 @@ class Gate:
             await self.abort(
                 context, grpc.StatusCode.PERMISSION_DENIED, "wrong_role", f"{peer.name} may not call this: it is for a {wanted}"
             )
-        if not self.still_member(peer):
+        if self._retired(peer):
+            await self.abort(context, grpc.StatusCode.UNAUTHENTICATED, "retired_ca", f"{peer.name}: {RETIRED_WORDS}")
+        if not self._is_member(peer):
             await self.abort(
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
                 "not_a_member",
                 f"{peer.name} is not a member of {self._federation}; an admin adds it with `cosilo {peer.name.role} approve {peer.name.name}`",
             )
+        if self._certificates is not None and self._certificates.is_new(peer):
+            await asyncio.to_thread(self._certificates.note, peer)
         return peer
 
     async def abort(self, context: Context, code: grpc.StatusCode, reason: str, detail: str) -> NoReturn:
@@ -103,3 +156,11 @@ class Gate:
         elif isinstance(error, TransferError):
             code, reason = _TRANSFER_STATUS.get(error.refusal, grpc.StatusCode.INVALID_ARGUMENT), error.refusal.value
         await self.abort(context, code, reason, str(error))
+
+
+async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
+    """The next message, None after the last: StopAsyncIteration cannot leave a task."""
+    try:
+        return await anext(requests)
+    except StopAsyncIteration:
+        return None

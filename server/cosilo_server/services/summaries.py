@@ -14,6 +14,7 @@ from cosilo_server.artifacts import Artifacts
 from cosilo_server.closing import RoundOutcome
 from cosilo_server.conductor import Conductor
 from cosilo_server.membership import StoredMembers
+from cosilo_server.retention import Collector
 from cosilo_server.rounds.machine import has_delivered
 from cosilo_server.rounds.state import Round
 from cosilo_server.services.translation import ACTIVITY_TO_WIRE, DECLINE_TO_WIRE, KIND_TO_WIRE, PHASE_TO_WIRE
@@ -31,6 +32,7 @@ class Summaries:
         artifacts: Artifacts,
         conductor: Conductor,
         members: StoredMembers,
+        collector: Collector,
         certificate_expires: Callable[[], float],
     ) -> None:
         self._federation = federation
@@ -39,6 +41,7 @@ class Summaries:
         self._artifacts = artifacts
         self._conductor = conductor
         self._members = members
+        self._collector = collector
         self._certificate_expires = certificate_expires
         self._began = time.monotonic()
 
@@ -62,9 +65,20 @@ class Summaries:
         return admin_pb2.WatchRunResponse(summary=self._run(stored), current=self.newest_round(run))
 
     def checkpoints(self, run: bytes) -> list[admin_pb2.Checkpoint]:
-        """A run's checkpoints, oldest first."""
+        """A run's checkpoints, oldest first, the retired among them."""
+        reasons, retired = self._collector.reasons(run), self._store.shelf.retired(run)
+        named = self._store.shelf.shelved(run).named
         return [
-            admin_pb2.Checkpoint(round=c.round, weights_digest=c.weights, ema_digest=c.ema, bytes=c.bytes, created_unix_s=c.created_at)
+            admin_pb2.Checkpoint(
+                round=c.round,
+                weights_digest=c.weights,
+                ema_digest=c.ema,
+                bytes=c.bytes,
+                created_unix_s=c.created_at,
+                kept=reasons.get(c.round, ""),
+                retired_unix_s=retired.get(c.round, 0.0),
+                name=named.get(c.round, ""),
+            )
             for c in self._store.checkpoints(run)
         ]
 
@@ -75,7 +89,7 @@ class Summaries:
             admin_pb2.Enrolment(
                 name=row["name"],
                 role=row["role"],
-                state=_enrolment_state(row["name"], row["role"], row["signing_key"], row["expires_unix_s"], members, now),
+                state=self._enrolment_state(row["name"], row["role"], row["signing_key"], row["expires_unix_s"], members, now),
                 signing_key=row["signing_key"] or b"",
                 expires_unix_s=row["expires_unix_s"],
                 enrolled_unix_s=row["enrolled_unix_s"] or 0,
@@ -86,9 +100,9 @@ class Summaries:
     def status(self) -> admin_pb2.GetStatusResponse:
         """The federation at a glance."""
         seen = self._store.sites_seen()
-        names = [m.name for m in self._members.newest().everyone() if m.role is Role.SITE]
+        keys = {m.name: m.key for m in self._members.newest().everyone() if m.role is Role.SITE}
         sites = []
-        for name in names:
+        for name, key in keys.items():
             last = seen.get(name)
             sites.append(
                 admin_pb2.SiteStatus(
@@ -98,6 +112,7 @@ class Summaries:
                     address=last.address if last else "",
                     certificate_expires_unix_s=int(last.certificate_expires_at) if last else 0,
                     software=last.software if last else "",
+                    left_unix_s=self._store.left_at(name, key),
                 )
             )
         return admin_pb2.GetStatusResponse(
@@ -110,6 +125,16 @@ class Summaries:
             disk_free_bytes=free_bytes(self._artifacts.root),
             certificate_expires_unix_s=int(self._certificate_expires()),
         )
+
+    def _enrolment_state(
+        self, name: str, role: str, signing_key: bytes | None, expires_unix_s: int, members: SignedMembers, now: float
+    ) -> str:
+        entry = members.member(name)
+        if signing_key is None:
+            return "expired" if now > expires_unix_s else "invited"
+        if entry is not None and entry.role.value == role and entry.key == signing_key:
+            return "left" if role == Role.SITE.value and self._store.left_at(name, signing_key) else "member"
+        return "revoked" if name in members.list.removed else "enrolled"
 
     def _run(self, stored: StoredRun) -> admin_pb2.RunSummary:
         wanted, closed = self._store.wanted(stored.run, RoundKind.TRAIN)
@@ -133,6 +158,8 @@ class Summaries:
             return "running"
         if stored.stopped:
             return "stopped"
+        if stored.paused is not None:
+            return "paused"
         return "waiting" if self._store.open_order(stored.run) is not None else "idle"
 
     def _round(self, stored: StoredRound) -> admin_pb2.RoundSummary:
@@ -183,12 +210,3 @@ def _add_outcome(summary: admin_pb2.RoundSummary, outcome: RoundOutcome) -> None
     summary.total_weight = outcome.total_weight
     summary.update_norm = outcome.update_norm or 0.0
     summary.note = outcome.note
-
-
-def _enrolment_state(name: str, role: str, signing_key: bytes | None, expires_unix_s: int, members: SignedMembers, now: float) -> str:
-    entry = members.member(name)
-    if signing_key is None:
-        return "expired" if now > expires_unix_s else "invited"
-    if entry is not None and entry.role.value == role and entry.key == signing_key:
-        return "member"
-    return "revoked" if name in members.list.removed else "enrolled"

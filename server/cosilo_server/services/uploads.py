@@ -19,7 +19,7 @@ from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import Signed
 from cosilo_common.secagg.messages import Upload as UploadBody
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
-from cosilo_common.transfer import FileSink, Refusal, TransferError, file_digest
+from cosilo_common.transfer import CHUNK_BYTES, FileSink, Refusal, TransferError, file_digest
 from cosilo_server.conductor import Conductor
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed, UploadReceived
@@ -29,18 +29,21 @@ from cosilo_server.store import Store
 from cosilo_server.verification import verified_upload
 
 HEADER_TIMEOUT_S = 20.0  # the header follows the call at once
-CHUNK_TIMEOUT_S = 120.0  # a stalled upload frees its slot; the site resumes it on another call
+STALL_S = 120.0  # an upload that does not advance by STALL_BYTES in that time frees its slot; the site resumes it on another call
+STALL_BYTES = 256 << 10  # 2 kB a second: the slowest line anybody has, and far more than a byte a minute
+SMALL_CHUNKS_MAX = 1024  # beyond those that the size asks for: each chunk costs a write and a thread's attention, however small it is
 PROGRESS_EVERY_CHUNKS = 16
 
 
 class UploadDesk:
     """Takes uploads for one coordinator."""
 
-    def __init__(self, conductor: Conductor, store: Store, spool: Spool, metrics: CoordinatorMetrics) -> None:
+    def __init__(self, conductor: Conductor, store: Store, spool: Spool, metrics: CoordinatorMetrics, stall_s: float = STALL_S) -> None:
         self._conductor = conductor
         self._store = store
         self._spool = spool
         self._metrics = metrics
+        self._stall_s = stall_s
         self._receiving: set[tuple[bytes, str]] = set()
 
     async def receive(self, site: str, requests: AsyncIterator[bytes]) -> AsyncGenerator[site_pb2.PutUpdateResponse]:
@@ -50,7 +53,7 @@ class UploadDesk:
         take the place of one that the round counts on already.
         """
         iterator = aiter(requests)
-        first = await _next(iterator, HEADER_TIMEOUT_S)
+        first = await _next(iterator, HEADER_TIMEOUT_S, HEADER_TIMEOUT_S)
         run = self._open(site, first)[0].run
         if (run, site) in self._receiving:
             raise TransferError(Refusal.BUSY, "upload", f"another upload of {site} is under way", "end that one first")
@@ -124,19 +127,27 @@ class UploadDesk:
 
     async def _fill(self, sink: FileSink, requests: AsyncIterator[bytes], state: Round, site: str) -> None:
         began, received, count = time.monotonic(), 0, 0
+        chunks_max = sink.size // CHUNK_BYTES + SMALL_CHUNKS_MAX
+        now = asyncio.get_running_loop().time
+        due, due_bytes = now() + self._stall_s, STALL_BYTES
         try:
             while not sink.complete:
-                chunk = data_of(await _next(requests, CHUNK_TIMEOUT_S))
+                if received >= due_bytes:
+                    due, due_bytes = now() + self._stall_s, received + STALL_BYTES
+                chunk = data_of(await _next(requests, max(0.0, due - now()), self._stall_s))
                 if chunk is None:
                     raise TransferError(Refusal.BAD_DECLARATION, "upload", "after the header come chunks of data, and nothing else")
                 await asyncio.to_thread(sink.append, sink.offset, chunk)
                 received += len(chunk)
                 count += 1
+                if count > chunks_max:
+                    raise TransferError(Refusal.OUT_OF_ORDER, "upload", f"{count} chunks: they are too small", "send 1 MiB in each")
                 current = self._conductor.round(state.run)
                 here = (state.number, state.attempt, Phase.UPLOADING)
                 if current is None or (current.number, current.attempt, current.phase) != here:
                     raise ProtocolViolation(Rule.ORDER, f"attempt {state.attempt} of round {state.number} takes no uploads any more")
                 if count % PROGRESS_EVERY_CHUNKS == 0:
+                    await self._require_room(sink)
                     progress = Progressed(site, Activity.UPLOADING, 10 * sink.offset // sink.size, sink.offset)
                     await self._conductor.handle(state.run, progress, state.number)
             await asyncio.to_thread(sink.finish)
@@ -145,6 +156,13 @@ class UploadDesk:
             self._metrics.transfer_bytes.labels(direction="up", site=site).inc(received)
             await asyncio.to_thread(self._store.add_bytes, state.run, state.number, 0, received)
 
+    async def _require_room(self, sink: FileSink) -> None:
+        """Uploads that began side by side each saw the same free space."""
+        try:
+            await asyncio.to_thread(self._spool.require_room, sink.size - sink.offset)
+        except CosiloError as error:
+            raise TransferError(Refusal.DISK, "upload", error.subject, error.hint) from None
+
     async def _deliver(self, state: Round, site: str, signed: Signed, body: UploadBody) -> None:
         upload = Upload(signed.encode(), body.digest, body.size_bytes)
         if refused := await self._conductor.handle(state.run, UploadReceived(site, signed.attempt, upload), state.number):
@@ -152,10 +170,10 @@ class UploadDesk:
             raise ProtocolViolation(Rule.ORDER, refused)
 
 
-async def _next(requests: AsyncIterator[bytes], timeout_s: float) -> bytes:
+async def _next(requests: AsyncIterator[bytes], timeout_s: float, stall_s: float) -> bytes:
     try:
         return await asyncio.wait_for(anext(requests), timeout_s)
     except StopAsyncIteration:
         raise TransferError(Refusal.INCOMPLETE, "upload", "the stream ended before the upload was whole", "resume it") from None
     except TimeoutError:
-        raise TransferError(Refusal.INCOMPLETE, "upload", f"no chunk came for {timeout_s:.0f} s", "resume it") from None
+        raise TransferError(Refusal.STALLED, "upload", f"less than {STALL_BYTES} bytes came in {stall_s:g} s", "resume it") from None

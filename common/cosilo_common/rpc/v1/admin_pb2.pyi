@@ -134,7 +134,7 @@ class Enrolment(_message.Message):
     role: _builtins.str
     """"site" or "admin" """
     state: _builtins.str
-    """invited, enrolled, member, expired, revoked"""
+    """invited, enrolled, member, left, expired, revoked"""
     signing_key: _builtins.bytes
     """Ed25519, once enrolled"""
     expires_unix_s: _builtins.int
@@ -306,7 +306,7 @@ class RunSummary(_message.Message):
     name: _builtins.str
     """the manifest's name, for people"""
     state: _builtins.str
-    """idle, waiting, running, stopped"""
+    """idle, waiting, running, stopped, paused"""
     rounds_closed: _builtins.int
     """training rounds closed so far"""
     rounds_wanted: _builtins.int
@@ -439,6 +439,92 @@ class StopRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopRunResponse: _TypeAlias = StopRunResponse  # noqa: Y015
+
+@_typing.final
+class PauseRunRequest(_message.Message):
+    """Which run to pause."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ABANDON_FIELD_NUMBER: _builtins.int
+    run: _builtins.bytes
+    """SHA-256 of the manifest"""
+    reason: _builtins.str
+    """for people, printable, at most 200 characters; or empty"""
+    abandon: _builtins.bool
+    """abandon the round in progress too"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.bytes = ...,
+        reason: _builtins.str = ...,
+        abandon: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "reason", b"reason", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseRunRequest: _TypeAlias = PauseRunRequest  # noqa: Y015
+
+@_typing.final
+class PauseRunResponse(_message.Message):
+    """Paused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseRunResponse: _TypeAlias = PauseRunResponse  # noqa: Y015
+
+@_typing.final
+class ResumeRunRequest(_message.Message):
+    """Which run to let go on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.bytes
+    """SHA-256 of the manifest"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRunRequest: _TypeAlias = ResumeRunRequest  # noqa: Y015
+
+@_typing.final
+class ResumeRunResponse(_message.Message):
+    """It goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRunResponse: _TypeAlias = ResumeRunResponse  # noqa: Y015
 
 @_typing.final
 class ListRoundsRequest(_message.Message):
@@ -759,6 +845,9 @@ class Checkpoint(_message.Message):
     EMA_DIGEST_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    RETIRED_UNIX_S_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """the round that made it; 0 is the untrained model"""
     weights_digest: _builtins.bytes
@@ -769,6 +858,12 @@ class Checkpoint(_message.Message):
     """of the weights"""
     created_unix_s: _builtins.float
     """UTC"""
+    kept: _builtins.str
+    """why it is kept, in words; empty where policy retires it next, or has"""
+    retired_unix_s: _builtins.float
+    """when the retention policy gave its files free; 0 while they are there"""
+    name: _builtins.str
+    """that an admin gave it, or empty"""
     def __init__(
         self,
         *,
@@ -777,14 +872,68 @@ class Checkpoint(_message.Message):
         ema_digest: _builtins.bytes = ...,
         bytes: _builtins.int = ...,
         created_unix_s: _builtins.float = ...,
+        kept: _builtins.str = ...,
+        retired_unix_s: _builtins.float = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "created_unix_s", b"created_unix_s", "ema_digest", b"ema_digest", "round", b"round", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "created_unix_s", b"created_unix_s", "ema_digest", b"ema_digest", "kept", b"kept", "name", b"name", "retired_unix_s", b"retired_unix_s", "round", b"round", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class KeepCheckpointRequest(_message.Message):
+    """Which checkpoint stays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LEAVE_FIELD_NUMBER: _builtins.int
+    run: _builtins.bytes
+    """SHA-256 of the manifest"""
+    round: _builtins.int
+    """of the checkpoint"""
+    name: _builtins.str
+    """unique in the run, at most 64 of a to z, 0 to 9, . _ and -; or empty"""
+    leave: _builtins.bool
+    """the other way: leave it to the policy again; name is empty"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+        name: _builtins.str = ...,
+        leave: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leave", b"leave", "name", b"name", "round", b"round", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepCheckpointRequest: _TypeAlias = KeepCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class KeepCheckpointResponse(_message.Message):
+    """Done, and stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepCheckpointResponse: _TypeAlias = KeepCheckpointResponse  # noqa: Y015
 
 @_typing.final
 class SampleRequest(_message.Message):
@@ -945,6 +1094,7 @@ class SiteStatus(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     CERTIFICATE_EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
+    LEFT_UNIX_S_FIELD_NUMBER: _builtins.int
     site: _builtins.str
     """name"""
     connected: _builtins.bool
@@ -957,6 +1107,8 @@ class SiteStatus(_message.Message):
     """0: not seen yet"""
     software: _builtins.str
     """as its Hello said"""
+    left_unix_s: _builtins.float
+    """when it left the federation by itself, to be revoked; 0: it did not"""
     def __init__(
         self,
         *,
@@ -966,11 +1118,196 @@ class SiteStatus(_message.Message):
         address: _builtins.str = ...,
         certificate_expires_unix_s: _builtins.int = ...,
         software: _builtins.str = ...,
+        left_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "certificate_expires_unix_s", b"certificate_expires_unix_s", "connected", b"connected", "last_seen_unix_s", b"last_seen_unix_s", "site", b"site", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "certificate_expires_unix_s", b"certificate_expires_unix_s", "connected", b"connected", "last_seen_unix_s", b"last_seen_unix_s", "left_unix_s", b"left_unix_s", "site", b"site", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SiteStatus: _TypeAlias = SiteStatus  # noqa: Y015
+
+@_typing.final
+class GetAuthorityRequest(_message.Message):
+    """The CA."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WANT_CSR_FIELD_NUMBER: _builtins.int
+    want_csr: _builtins.bool
+    """a key for the next intermediate is to be made, unless it waits already"""
+    def __init__(
+        self,
+        *,
+        want_csr: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["want_csr", b"want_csr"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAuthorityRequest: _TypeAlias = GetAuthorityRequest  # noqa: Y015
+
+@_typing.final
+class GetAuthorityResponse(_message.Message):
+    """The CA as it stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRUST_FIELD_NUMBER: _builtins.int
+    ROOTS_FIELD_NUMBER: _builtins.int
+    INTERMEDIATE_FIELD_NUMBER: _builtins.int
+    CSR_FIELD_NUMBER: _builtins.int
+    PARTIES_FIELD_NUMBER: _builtins.int
+    trust: _builtins.bytes
+    """newest signed trust document, or empty before the CA was first rotated"""
+    roots: _builtins.bytes
+    """PEM, newest first"""
+    intermediate: _builtins.bytes
+    """PEM"""
+    csr: _builtins.bytes
+    """PKCS#10 in DER for the next intermediate's key, where it was wanted"""
+    @_builtins.property
+    def parties(self) -> _containers.RepeatedCompositeFieldContainer[Global___CertifiedParty]:
+        """members, sorted by name"""
+
+    def __init__(
+        self,
+        *,
+        trust: _builtins.bytes = ...,
+        roots: _builtins.bytes = ...,
+        intermediate: _builtins.bytes = ...,
+        csr: _builtins.bytes = ...,
+        parties: _abc.Iterable[Global___CertifiedParty] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "intermediate", b"intermediate", "parties", b"parties", "roots", b"roots", "trust", b"trust"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAuthorityResponse: _TypeAlias = GetAuthorityResponse  # noqa: Y015
+
+@_typing.final
+class CertifiedParty(_message.Message):
+    """A member's newest certificate, as the coordinator was shown it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    ISSUER_FIELD_NUMBER: _builtins.int
+    EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of the site or admin"""
+    role: _builtins.str
+    """"site" or "admin" """
+    issuer: _builtins.str
+    """key identifier of the intermediate, 40 hex digits; empty where it never came"""
+    expires_unix_s: _builtins.int
+    """UTC; 0 where it never came"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        role: _builtins.str = ...,
+        issuer: _builtins.str = ...,
+        expires_unix_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_unix_s", b"expires_unix_s", "issuer", b"issuer", "name", b"name", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CertifiedParty: _TypeAlias = CertifiedParty  # noqa: Y015
+
+@_typing.final
+class PutAuthorityRequest(_message.Message):
+    """What follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRUST_FIELD_NUMBER: _builtins.int
+    INTERMEDIATE_FIELD_NUMBER: _builtins.int
+    CROSS_FIELD_NUMBER: _builtins.int
+    trust: _builtins.bytes
+    """canonical signed trust document, the next version"""
+    intermediate: _builtins.bytes
+    """PEM, under the newest root, for the key of the CSR; empty where only the document changes"""
+    cross: _builtins.bytes
+    """PEM, the same key and name under the root that goes; empty outside an overlap"""
+    def __init__(
+        self,
+        *,
+        trust: _builtins.bytes = ...,
+        intermediate: _builtins.bytes = ...,
+        cross: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cross", b"cross", "intermediate", b"intermediate", "trust", b"trust"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutAuthorityRequest: _TypeAlias = PutAuthorityRequest  # noqa: Y015
+
+@_typing.final
+class PutAuthorityResponse(_message.Message):
+    """Stored, in force and announced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutAuthorityResponse: _TypeAlias = PutAuthorityResponse  # noqa: Y015
+
+@_typing.final
+class ReadAuditRequest(_message.Message):
+    """The whole log: a chain cannot be checked from its middle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadAuditRequest: _TypeAlias = ReadAuditRequest  # noqa: Y015
+
+@_typing.final
+class ReadAuditResponse(_message.Message):
+    """Lines in the log's order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """each with its line end, at most 16 KiB"""
+
+    def __init__(
+        self,
+        *,
+        lines: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadAuditResponse: _TypeAlias = ReadAuditResponse  # noqa: Y015

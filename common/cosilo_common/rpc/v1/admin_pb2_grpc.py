@@ -71,6 +71,16 @@ class AdminServiceStub:
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.StopRunResponse.FromString,
                 _registered_method=True)
+        self.PauseRun = channel.unary_unary(
+                '/cosilo.v1.AdminService/PauseRun',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PauseRunRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PauseRunResponse.FromString,
+                _registered_method=True)
+        self.ResumeRun = channel.unary_unary(
+                '/cosilo.v1.AdminService/ResumeRun',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ResumeRunRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ResumeRunResponse.FromString,
+                _registered_method=True)
         self.ListRounds = channel.unary_unary(
                 '/cosilo.v1.AdminService/ListRounds',
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsRequest.SerializeToString,
@@ -85,6 +95,11 @@ class AdminServiceStub:
                 '/cosilo.v1.AdminService/ListCheckpoints',
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.KeepCheckpoint = channel.unary_unary(
+                '/cosilo.v1.AdminService/KeepCheckpoint',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.KeepCheckpointRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.KeepCheckpointResponse.FromString,
                 _registered_method=True)
         self.Sample = channel.unary_unary(
                 '/cosilo.v1.AdminService/Sample',
@@ -105,6 +120,21 @@ class AdminServiceStub:
                 '/cosilo.v1.AdminService/GetMemberList',
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersRequest.SerializeToString,
                 response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersResponse.FromString,
+                _registered_method=True)
+        self.GetAuthority = channel.unary_unary(
+                '/cosilo.v1.AdminService/GetAuthority',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetAuthorityRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetAuthorityResponse.FromString,
+                _registered_method=True)
+        self.PutAuthority = channel.unary_unary(
+                '/cosilo.v1.AdminService/PutAuthority',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PutAuthorityRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PutAuthorityResponse.FromString,
+                _registered_method=True)
+        self.ReadAudit = channel.unary_stream(
+                '/cosilo.v1.AdminService/ReadAudit',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ReadAuditRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ReadAuditResponse.FromString,
                 _registered_method=True)
 
 
@@ -161,6 +191,20 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseRun(self, request, context):
+        """No further rounds start until ResumeRun; what was asked for waits, over restarts too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRun(self, request, context):
+        """A paused run goes on at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRounds(self, request, context):
         """A run's rounds, oldest first.
         """
@@ -177,6 +221,13 @@ class AdminServiceServicer:
 
     def ListCheckpoints(self, request, context):
         """A run's checkpoints, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepCheckpoint(self, request, context):
+        """Keeps a checkpoint whatever the retention policy says, or leaves it to the policy again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -205,6 +256,27 @@ class AdminServiceServicer:
 
     def GetMemberList(self, request, context):
         """The newest members list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAuthority(self, request, context):
+        """The CA as it stands, and who has which certificate of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutAuthority(self, request, context):
+        """Stores the next trust document, and with it, where the CA is renewed, the coordinator's next intermediate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadAudit(self, request, context):
+        """The coordinator's audit log, line by line as it stands in its file; the caller checks the chain itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -248,6 +320,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.StopRunRequest.FromString,
                     response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.StopRunResponse.SerializeToString,
             ),
+            'PauseRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRun,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PauseRunRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PauseRunResponse.SerializeToString,
+            ),
+            'ResumeRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeRun,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ResumeRunRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ResumeRunResponse.SerializeToString,
+            ),
             'ListRounds': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRounds,
                     request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsRequest.FromString,
@@ -262,6 +344,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'KeepCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepCheckpoint,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.KeepCheckpointRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.KeepCheckpointResponse.SerializeToString,
             ),
             'Sample': grpc.unary_unary_rpc_method_handler(
                     servicer.Sample,
@@ -282,6 +369,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetMemberList,
                     request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersRequest.FromString,
                     response_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersResponse.SerializeToString,
+            ),
+            'GetAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAuthority,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetAuthorityRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetAuthorityResponse.SerializeToString,
+            ),
+            'PutAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutAuthority,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PutAuthorityRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PutAuthorityResponse.SerializeToString,
+            ),
+            'ReadAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadAudit,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ReadAuditRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ReadAuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -485,6 +587,60 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
+    def PauseRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.AdminService/PauseRun',
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PauseRunRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PauseRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.AdminService/ResumeRun',
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ResumeRunRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ResumeRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListRounds(request,
             target,
             options=(),
@@ -555,6 +711,33 @@ class AdminService:
             '/cosilo.v1.AdminService/ListCheckpoints',
             cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListCheckpointsRequest.SerializeToString,
             cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.AdminService/KeepCheckpoint',
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.KeepCheckpointRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.KeepCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -663,6 +846,87 @@ class AdminService:
             '/cosilo.v1.AdminService/GetMemberList',
             cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersRequest.SerializeToString,
             cosilo__common_dot_rpc_dot_v1_dot_site__pb2.GetMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.AdminService/GetAuthority',
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetAuthorityRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetAuthorityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.AdminService/PutAuthority',
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PutAuthorityRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.PutAuthorityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cosilo.v1.AdminService/ReadAudit',
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ReadAuditRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ReadAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,12 +50,18 @@ class AdminServiceStub:
     """Asks for rounds."""
     StopRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StopRunRequest, _admin_pb2.StopRunResponse]
     """No further rounds start; the one in progress is abandoned if asked."""
+    PauseRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PauseRunRequest, _admin_pb2.PauseRunResponse]
+    """No further rounds start until ResumeRun; what was asked for waits, over restarts too."""
+    ResumeRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ResumeRunRequest, _admin_pb2.ResumeRunResponse]
+    """A paused run goes on at once."""
     ListRounds: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRoundsRequest, _admin_pb2.ListRoundsResponse]
     """A run's rounds, oldest first."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.WatchRunResponse]
     """A run as it goes: a snapshot at once and at every change, at most a few a second."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListCheckpointsRequest, _admin_pb2.ListCheckpointsResponse]
     """A run's checkpoints, oldest first."""
+    KeepCheckpoint: _grpc.UnaryUnaryMultiCallable[_admin_pb2.KeepCheckpointRequest, _admin_pb2.KeepCheckpointResponse]
+    """Keeps a checkpoint whatever the retention policy says, or leaves it to the policy again."""
     Sample: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SampleRequest, _admin_pb2.SampleResponse]
     """Draws a sample grid in a process beside the coordinator; answers with the PNG's artifact."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
@@ -64,6 +70,12 @@ class AdminServiceStub:
     """A signed manifest (any run)."""
     GetMemberList: _grpc.UnaryUnaryMultiCallable[_site_pb2.GetMembersRequest, _site_pb2.GetMembersResponse]
     """The newest members list."""
+    GetAuthority: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetAuthorityRequest, _admin_pb2.GetAuthorityResponse]
+    """The CA as it stands, and who has which certificate of it."""
+    PutAuthority: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PutAuthorityRequest, _admin_pb2.PutAuthorityResponse]
+    """Stores the next trust document, and with it, where the CA is renewed, the coordinator's next intermediate."""
+    ReadAudit: _grpc.UnaryStreamMultiCallable[_admin_pb2.ReadAuditRequest, _admin_pb2.ReadAuditResponse]
+    """The coordinator's audit log, line by line as it stands in its file; the caller checks the chain itself."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -84,12 +96,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Asks for rounds."""
     StopRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.StopRunRequest, _admin_pb2.StopRunResponse]  # type: ignore[assignment]
     """No further rounds start; the one in progress is abandoned if asked."""
+    PauseRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.PauseRunRequest, _admin_pb2.PauseRunResponse]  # type: ignore[assignment]
+    """No further rounds start until ResumeRun; what was asked for waits, over restarts too."""
+    ResumeRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.ResumeRunRequest, _admin_pb2.ResumeRunResponse]  # type: ignore[assignment]
+    """A paused run goes on at once."""
     ListRounds: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRoundsRequest, _admin_pb2.ListRoundsResponse]  # type: ignore[assignment]
     """A run's rounds, oldest first."""
     WatchRun: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.WatchRunResponse]  # type: ignore[assignment]
     """A run as it goes: a snapshot at once and at every change, at most a few a second."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListCheckpointsRequest, _admin_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """A run's checkpoints, oldest first."""
+    KeepCheckpoint: _aio.UnaryUnaryMultiCallable[_admin_pb2.KeepCheckpointRequest, _admin_pb2.KeepCheckpointResponse]  # type: ignore[assignment]
+    """Keeps a checkpoint whatever the retention policy says, or leaves it to the policy again."""
     Sample: _aio.UnaryUnaryMultiCallable[_admin_pb2.SampleRequest, _admin_pb2.SampleResponse]  # type: ignore[assignment]
     """Draws a sample grid in a process beside the coordinator; answers with the PNG's artifact."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -98,6 +116,12 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """A signed manifest (any run)."""
     GetMemberList: _aio.UnaryUnaryMultiCallable[_site_pb2.GetMembersRequest, _site_pb2.GetMembersResponse]  # type: ignore[assignment]
     """The newest members list."""
+    GetAuthority: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetAuthorityRequest, _admin_pb2.GetAuthorityResponse]  # type: ignore[assignment]
+    """The CA as it stands, and who has which certificate of it."""
+    PutAuthority: _aio.UnaryUnaryMultiCallable[_admin_pb2.PutAuthorityRequest, _admin_pb2.PutAuthorityResponse]  # type: ignore[assignment]
+    """Stores the next trust document, and with it, where the CA is renewed, the coordinator's next intermediate."""
+    ReadAudit: _aio.UnaryStreamMultiCallable[_admin_pb2.ReadAuditRequest, _admin_pb2.ReadAuditResponse]  # type: ignore[assignment]
+    """The coordinator's audit log, line by line as it stands in its file; the caller checks the chain itself."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Administration over the wire."""
@@ -159,6 +183,22 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """No further rounds start; the one in progress is abandoned if asked."""
 
     @_abc_1.abstractmethod
+    def PauseRun(
+        self,
+        request: _admin_pb2.PauseRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PauseRunResponse, _abc.Awaitable[_admin_pb2.PauseRunResponse]]:
+        """No further rounds start until ResumeRun; what was asked for waits, over restarts too."""
+
+    @_abc_1.abstractmethod
+    def ResumeRun(
+        self,
+        request: _admin_pb2.ResumeRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ResumeRunResponse, _abc.Awaitable[_admin_pb2.ResumeRunResponse]]:
+        """A paused run goes on at once."""
+
+    @_abc_1.abstractmethod
     def ListRounds(
         self,
         request: _admin_pb2.ListRoundsRequest,
@@ -181,6 +221,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListCheckpointsResponse, _abc.Awaitable[_admin_pb2.ListCheckpointsResponse]]:
         """A run's checkpoints, oldest first."""
+
+    @_abc_1.abstractmethod
+    def KeepCheckpoint(
+        self,
+        request: _admin_pb2.KeepCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.KeepCheckpointResponse, _abc.Awaitable[_admin_pb2.KeepCheckpointResponse]]:
+        """Keeps a checkpoint whatever the retention policy says, or leaves it to the policy again."""
 
     @_abc_1.abstractmethod
     def Sample(
@@ -213,5 +261,29 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_site_pb2.GetMembersResponse, _abc.Awaitable[_site_pb2.GetMembersResponse]]:
         """The newest members list."""
+
+    @_abc_1.abstractmethod
+    def GetAuthority(
+        self,
+        request: _admin_pb2.GetAuthorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetAuthorityResponse, _abc.Awaitable[_admin_pb2.GetAuthorityResponse]]:
+        """The CA as it stands, and who has which certificate of it."""
+
+    @_abc_1.abstractmethod
+    def PutAuthority(
+        self,
+        request: _admin_pb2.PutAuthorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PutAuthorityResponse, _abc.Awaitable[_admin_pb2.PutAuthorityResponse]]:
+        """Stores the next trust document, and with it, where the CA is renewed, the coordinator's next intermediate."""
+
+    @_abc_1.abstractmethod
+    def ReadAudit(
+        self,
+        request: _admin_pb2.ReadAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.ReadAuditResponse], _abc.AsyncIterator[_admin_pb2.ReadAuditResponse]]:
+        """The coordinator's audit log, line by line as it stands in its file; the caller checks the chain itself."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -174,6 +174,40 @@ DECLINE_CODE_PAUSED: DeclineCode.ValueType  # 7
 Global___DeclineCode: _TypeAlias = DeclineCode  # noqa: Y015
 
 @_typing.final
+class LeaveRequest(_message.Message):
+    """No fields: who leaves is who calls."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveRequest: _TypeAlias = LeaveRequest  # noqa: Y015
+
+@_typing.final
+class LeaveResponse(_message.Message):
+    """Written down, and every stream of the site's is cut."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015
+
+@_typing.final
 class AttendRequest(_message.Message):
     """How a site stands, said on the Attend stream whenever it changes."""
 
@@ -284,22 +318,26 @@ class Decline(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
     run: _builtins.bytes
     """SHA-256 of the manifest"""
     round: _builtins.int
     """the round's number"""
     code: Global___DeclineCode.ValueType
     """why"""
+    reached: _builtins.int
+    """the highest round of the run that this site has begun, where the offered one is not above it; else 0"""
     def __init__(
         self,
         *,
         run: _builtins.bytes = ...,
         round: _builtins.int = ...,
         code: Global___DeclineCode.ValueType = ...,
+        reached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "round", b"round", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "reached", b"reached", "round", b"round", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -314,10 +352,13 @@ class AttendResponse(_message.Message):
     OWED_FIELD_NUMBER: _builtins.int
     MEMBERS_VERSION_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    TRUST_VERSION_FIELD_NUMBER: _builtins.int
     members_version: _builtins.int
     """of the newest members list; fetch it when it is newer than the one held"""
     protocol_version: _builtins.int
     """of the wire, as the coordinator speaks it"""
+    trust_version: _builtins.int
+    """of the newest trust document, 0 before the CA was first rotated; it comes with the members list"""
     @_builtins.property
     def owed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Assignment]:
         """one for each run the site takes part in that has had a round"""
@@ -328,10 +369,11 @@ class AttendResponse(_message.Message):
         owed: _abc.Iterable[Global___Assignment] | None = ...,
         members_version: _builtins.int = ...,
         protocol_version: _builtins.int = ...,
+        trust_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["members_version", b"members_version", "owed", b"owed", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members_version", b"members_version", "owed", b"owed", "protocol_version", b"protocol_version", "trust_version", b"trust_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,16 +779,20 @@ class GetMembersResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MEMBERS_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
     members: _builtins.bytes
     """canonical signed list; see docs/protocol.md"""
+    trust: _builtins.bytes
+    """the newest signed trust document (which CA counts), or empty before the CA was first rotated"""
     def __init__(
         self,
         *,
         members: _builtins.bytes = ...,
+        trust: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members", "trust", b"trust"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

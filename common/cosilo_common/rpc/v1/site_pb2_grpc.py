@@ -75,6 +75,11 @@ class SiteServiceStub:
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateRequest.SerializeToString,
                 response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/cosilo.v1.SiteService/Leave',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.LeaveResponse.FromString,
+                _registered_method=True)
 
 
 class SiteServiceServicer:
@@ -138,6 +143,13 @@ class SiteServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """The calling site leaves the federation: its certificate is barred when this returns. Only an admin's revocation makes it final.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SiteServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +192,11 @@ def add_SiteServiceServicer_to_server(servicer, server):
                     servicer.RenewCertificate,
                     request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateRequest.FromString,
                     response_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.LeaveRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_site__pb2.LeaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -399,6 +416,33 @@ class SiteService:
             '/cosilo.v1.SiteService/RenewCertificate',
             cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateRequest.SerializeToString,
             cosilo__common_dot_rpc_dot_v1_dot_site__pb2.RenewCertificateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.SiteService/Leave',
+            cosilo__common_dot_rpc_dot_v1_dot_site__pb2.LeaveRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_site__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

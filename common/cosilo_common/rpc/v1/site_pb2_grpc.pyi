@@ -53,6 +53,8 @@ class SiteServiceStub:
     """The newest members list, which the caller verifies against the admin key it pinned at enrolment."""
     RenewCertificate: _grpc.UnaryUnaryMultiCallable[_site_pb2.RenewCertificateRequest, _site_pb2.RenewCertificateResponse]
     """The next certificate for the name and role of the caller's present one. Callers: sites and admins that are members."""
+    Leave: _grpc.UnaryUnaryMultiCallable[_site_pb2.LeaveRequest, _site_pb2.LeaveResponse]
+    """The calling site leaves the federation: its certificate is barred when this returns. Only an admin's revocation makes it final."""
 
 @_typing.type_check_only
 class SiteServiceAsyncStub(SiteServiceStub):
@@ -77,6 +79,8 @@ class SiteServiceAsyncStub(SiteServiceStub):
     """The newest members list, which the caller verifies against the admin key it pinned at enrolment."""
     RenewCertificate: _aio.UnaryUnaryMultiCallable[_site_pb2.RenewCertificateRequest, _site_pb2.RenewCertificateResponse]  # type: ignore[assignment]
     """The next certificate for the name and role of the caller's present one. Callers: sites and admins that are members."""
+    Leave: _aio.UnaryUnaryMultiCallable[_site_pb2.LeaveRequest, _site_pb2.LeaveResponse]  # type: ignore[assignment]
+    """The calling site leaves the federation: its certificate is barred when this returns. Only an admin's revocation makes it final."""
 
 class SiteServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a site calls."""
@@ -146,5 +150,13 @@ class SiteServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_site_pb2.RenewCertificateResponse, _abc.Awaitable[_site_pb2.RenewCertificateResponse]]:
         """The next certificate for the name and role of the caller's present one. Callers: sites and admins that are members."""
+
+    @_abc_1.abstractmethod
+    def Leave(
+        self,
+        request: _site_pb2.LeaveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_site_pb2.LeaveResponse, _abc.Awaitable[_site_pb2.LeaveResponse]]:
+        """The calling site leaves the federation: its certificate is barred when this returns. Only an admin's revocation makes it final."""
 
 def add_SiteServiceServicer_to_server(servicer: SiteServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -106,7 +106,7 @@ function runs(standing, shown) {
     standing.runs_left_out ? h("p", { class: "quiet" }, `and ${standing.runs_left_out} older; cosilo run list has them`) : null];
 }
 
-const STATES = { running: "► running", waiting: "… waiting", stopped: "■ stopped", idle: "● idle" };
+const STATES = { running: "► running", waiting: "… waiting", stopped: "■ stopped", paused: "‖ paused", idle: "● idle" };
 const runWords = (run) => `${STATES[run.state] ?? run.state}, ${run.rounds_closed} of ${count(run.rounds_wanted, "round")} closed`;
 
 // --- one run ---

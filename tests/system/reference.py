@@ -1,17 +1,16 @@
-"""The federation is right, not only running: real processes give what one small loop in one process gives.
+"""One small loop in one process, which a federation of real processes must equal.
 
-The loop below is this test's own: its own FedAvg, its own local training and its own fixed point, from PROTOCOL.md (Encoding) and the
+The loop is the tests' own: its own FedAvg, its own local training and its own fixed point, from PROTOCOL.md (Encoding) and the
 seeding that `cosilo_common.diffusion.seeding` documents. From the product it takes the network, the loss, the images' split and the
 reading of weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -22,12 +21,8 @@ from cosilo_common.diffusion.objective import noise_schedule, per_image_loss, to
 from cosilo_common.diffusion.presets import preset
 from cosilo_common.diffusion.seeding import site_seed
 from cosilo_common.diffusion.specification import Architecture, Preset
-from cosilo_common.manifest import PLAIN_AGGREGATION, SECURE_AGGREGATION
 from cosilo_common.weights import open_vector
-from tests.federation.digits import digits_sites
 from tests.federation.local import LocalFederation
-
-pytestmark = pytest.mark.timeout(600)  # five processes that each load torch: minutes where others share the machine
 
 Vector = NDArray[np.float32]
 
@@ -83,26 +78,6 @@ def reference_round(number: int, sites: Mapping[str, DataConfig], weights: Vecto
     return Step(weights + exact, weights + mean, mean, total)
 
 
-@pytest.fixture(autouse=True)
-def _as_a_trainer_does() -> Iterator[None]:
-    """The trainer's own settings on a CPU: one thread, as the sites' TOML says, and deterministic kernels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
-    root = tmp_path_factory.mktemp("reference")
-    policy = {"allow_insecure_plain_sum": True, "cohort_min": 1}
-    with LocalFederation(root, digits_sites(root, 4, alpha=0.5, least=200, seed=1, policy=policy)) as federation:
-        federation.start()
-        yield federation
-
-
 def recipe_of(seed: int) -> Preset:
     """What a plan's sections make of the preset."""
     architecture = Architecture.model_validate({**DIGITS.architecture.model_dump(), **ARCHITECTURE})
@@ -145,43 +120,6 @@ def check_against_the_loop(federation: LocalFederation, run: str, sites: Mapping
         assert np.array_equal(checkpoints[number], step.weights), f"round {number}: the same integers give the same bits"
         weights = step.weights
     assert np.abs(weights - checkpoints[0]).max() > 1e-3  # it did train
-
-
-@pytest.fixture(scope="module")
-def four_site_runs(federation: LocalFederation) -> dict[str, str]:
-    """ROUNDS rounds of one plan, once with masks and once without; the runs by aggregation."""
-    runs = {}
-    for aggregation in (SECURE_AGGREGATION, PLAIN_AGGREGATION):
-        run = federation.create_run(plan(f"four-{aggregation.split('/')[0]}", seed=1), plain=aggregation == PLAIN_AGGREGATION)
-        federation.accept_all(run)
-        rounds = federation.run_rounds(run, ROUNDS)
-        assert [(r["phase"], len(r["survivors"])) for r in rounds] == [("closed", 4)] * ROUNDS
-        runs[aggregation] = run
-    return runs
-
-
-@pytest.mark.parametrize("aggregation", [SECURE_AGGREGATION, PLAIN_AGGREGATION])
-def test_four_sites_equal_the_loop_after_three_rounds(
-    federation: LocalFederation, four_site_runs: dict[str, str], aggregation: str
-) -> None:
-    check_against_the_loop(federation, four_site_runs[aggregation], site_data(federation), seed=1)
-
-
-def test_masks_change_no_bit_of_a_checkpoint(federation: LocalFederation, four_site_runs: dict[str, str]) -> None:
-    masked, plain = (
-        [(checkpoint["weights"], checkpoint["ema"]) for checkpoint in federation.checkpoints(four_site_runs[aggregation])]
-        for aggregation in (SECURE_AGGREGATION, PLAIN_AGGREGATION)
-    )
-    assert len(masked) == ROUNDS + 1
-    assert masked == plain
-
-
-def test_one_site_with_fedavg_is_local_training(federation: LocalFederation) -> None:
-    first = next(iter(federation.sites))
-    run = federation.create_run(plan("alone", seed=2, participants=[first], n_min=1), plain=True)
-    federation.accept_all(run, [first])
-    assert [r["phase"] for r in federation.run_rounds(run, ROUNDS)] == ["closed"] * ROUNDS
-    check_against_the_loop(federation, run, {first: site_data(federation)[first]}, seed=2)
 
 
 def site_data(federation: LocalFederation) -> dict[str, DataConfig]:

@@ -1,0 +1,40 @@
+"""The soak in short: real daemons, rounds that close while sites go and come, and figures that stay; `make soak` is the long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.system.soak import BOUNDS, MIB, Bound, Sample, growths, report, run_soak, slope
+
+ROUNDS = 16
+
+
+@pytest.mark.timeout(600)  # five processes that each load their libraries, on a machine that others share
+def test_rounds_close_and_nothing_grows_while_sites_go_and_come(tmp_path: Path) -> None:
+    seen, found = run_soak(tmp_path, ROUNDS, every=2, seed=1)
+    assert len(seen.round_s) == ROUNDS
+    assert seen.disturbed >= 1
+    assert {growth.who for growth in found} >= {"coordinator", "northgate", "riverside", "lakeview", "st-anna"}
+    assert [growth for growth in found if not growth.ok] == [], report(seen, found)
+
+
+def test_the_slope_is_that_of_all_lives_together() -> None:
+    assert slope([[(0, 1.0), (10, 3.0)]]) == pytest.approx(0.2)
+    assert slope([[(0, 5.0), (10, 5.0)], [(20, 90.0), (30, 90.0)]]) == 0.0  # a fresh start is no growth
+    assert slope([[(0, 0.0), (10, 1.0)], [(20, 0.0), (30, 1.0)]]) == pytest.approx(0.1)
+    assert slope([[(5, 7.0)]]) == 0.0
+
+
+def test_growth_is_found_by_its_slope_in_the_second_half() -> None:
+    assert BOUNDS["pss_bytes"] == Bound(2 * MIB, 6 * MIB)
+    rounds = range(0, 301, 10)
+    leak = [Sample("site", "pss_bytes", "1", n, 70 * MIB + n * MIB / 20) for n in rounds]  # 5 MiB per 100 rounds
+    warm = [Sample("coordinator", "pss_bytes", "1", n, MIB * min(80.0, 60 + n / 5)) for n in rounds]  # grows, then stands
+    files = [Sample("coordinator", "files", "1", n, 29 + n % 3) for n in rounds]
+    found = {(growth.who, growth.what): growth for growth in growths([*leak, *warm, *files], 300)}
+    assert not found["site", "pss_bytes"].ok
+    assert found["site", "pss_bytes"].per_100_rounds == pytest.approx(5 * MIB)
+    assert found["coordinator", "pss_bytes"].ok
+    assert found["coordinator", "files"].ok
