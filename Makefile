@@ -49,7 +49,7 @@ demo: $(STAMP) ## Train over four sites on real images; leaves a grid of drawn d
 	$(BIN)/python -m tests.federation.demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Run every test: unit, protocol, integration, system
-	$(BIN)/python -m pytest tests $(TEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(TEST_ARGS)
 
 check: $(STAMP) ## Format, lint, types, imports, generated code, unit tests
 	$(BIN)/ruff format --check --output-format concise $(CODE)

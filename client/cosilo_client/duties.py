@@ -91,6 +91,7 @@ class Duties:
         self._site = site
         self._run = run
         self._manifest: Manifest | None = None
+        self._noted: frozenset[tuple[int, int, str]] = frozenset()  # of the newest round: round, attempt, what
         self._role: SiteRole | None = None
         self._start: Start | None = None
         self._checked: dict[tuple[RoundKind, bytes, int], Encoding] = {}  # the one encoding of the round
@@ -340,6 +341,10 @@ class Duties:
         log.info("sent", what=message.type.value, round=f"{message.run.hex()[:12]}/{message.round}", attempt=message.attempt)
 
     def _note(self, owed: Owed, what: str, /, **detail: object) -> None:
+        said = (owed.round, owed.attempt, what)
+        if said in self._noted:  # a coordinator that asks for the same for ever must not fill this site's disk
+            return
+        self._noted = frozenset(one for one in self._noted if one[0] == owed.round) | {said}
         self._site.note(DAEMON, what, run=owed.run.hex(), round=owed.round, **detail)
 
     def _say(self, owed: Owed, activity: Activity, tenths: int) -> None:

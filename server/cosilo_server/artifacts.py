@@ -143,17 +143,17 @@ class Artifacts:
                 del self._unclaimed[digest]
 
     def delete_idle(self, digest: str, linger_s: float) -> bool:
-        """Delete an artifact that nothing refers to; False where it is being read, was read within linger_s (but not for ever), or was put and never claimed:
-        what it is for is still on its way to the store.
+        """Delete an artifact that nothing refers to; False where it is being read, was read within linger_s (but for LINGERS_MAX of those at
+        most), or was put and never claimed: what it is for is still on its way to the store.
         """
         with self._lock:
             now = time.monotonic()
             if digest in self._readers or digest in self._unclaimed:
                 return False
-            if now - self._read_at.get(digest, float("-inf")) < linger_s:
-                # A site that reads one byte every few minutes would keep every checkpoint there ever was.
-                if now - self._spared_at.setdefault(digest, now) < LINGERS_MAX * linger_s:
-                    return False
+            lingers = now - self._read_at.get(digest, float("-inf")) < linger_s
+            # A site that reads one byte every few minutes would keep every checkpoint there ever was.
+            if lingers and now - self._spared_at.setdefault(digest, now) < LINGERS_MAX * linger_s:
+                return False
             self._read_at.pop(digest, None)
             self._spared_at.pop(digest, None)
             self.delete(digest)

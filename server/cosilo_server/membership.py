@@ -18,6 +18,17 @@ from cosilo_server.enrolment import EnrolmentRecord, OpenInvitation
 from cosilo_server.store import Store
 
 
+AHEAD_MAX = (
+    4096  # versions that a restored coordinator may have missed; one admin who signs the last version there is must not have the last word
+)
+
+
+def check_not_far_ahead(operation: str, offered: int, known: int) -> None:
+    """Raises CosiloError where a document's version leaves too many out."""
+    if offered > known + AHEAD_MAX:
+        raise CosiloError(operation, f"version {offered} is {offered - known} versions ahead of {known}", "find out which admin signed it")
+
+
 class StoredMembers:
     """Who belongs to the federation. founding: the list that `cosilo init` made, for a new data folder."""
 
@@ -74,6 +85,7 @@ class StoredMembers:
             offered = read_members(data, self._federation, self._newest.anchor(), self._newest)
             if offered == self._newest:
                 return
+            check_not_far_ahead("store members", offered.version, self._newest.version)
             # A list that is further than the next was stored here before: this store is a restored one, and the admin saw what it forgot.
             known = self._newest
             ahead = offered.version > known.version + 1 or (offered.list == known.list and offered.signer == known.signer)

@@ -31,6 +31,7 @@ from cosilo_server.authority import (
     NEXT_KEY_FILE,
     Authority,
 )
+from cosilo_server.membership import check_not_far_ahead
 
 CHANGE_FILE = "rotation.json"
 CHANGE_BYTES_MAX = 4 * TRUST_BYTES_MAX
@@ -97,6 +98,7 @@ class Rotation:
             offered = read_trust(trust, self._identity.membership.federation, self._admins(), ca, self._trust)
             if self._trust is not None and offered == self._trust:
                 return  # sent again after an answer that was lost
+            check_not_far_ahead("change CA", offered.version, self.version())
             self._check(offered, intermediate, cross, now)
             change = _Change(trust=trust.decode(), intermediate=intermediate.decode(), cross=cross.decode())
             replace_file(self._identity.folder / CHANGE_FILE, change.canonical())

@@ -4,6 +4,7 @@ The tests that share `link` run in order on one warm trainer, as a daemon's roun
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import resource
@@ -22,6 +23,7 @@ import torch
 
 from cosilo_client.data import DataConfig
 from cosilo_client.trainer import EvaluateJob, FailureCode, Progress, TrainerConfig, TrainerFailed, TrainerLink, TrainJob
+from cosilo_client.trainer import process as process_module
 from cosilo_client.trainer.channel import connect, lines, listen
 from cosilo_client.trainer.device import Workplace
 from cosilo_client.trainer.workshop import Workshop
@@ -199,8 +201,26 @@ async def test_out_of_memory_restarts_once_with_half_the_micro_batch(
     assert caplog.text == ""
 
 
-async def test_a_trainer_killed_twice_in_one_round_fails_it(link: TrainerLink, folder: Path) -> None:
-    """SIGKILL is how the kernel takes memory back: half the micro-batch once, then the round is given up."""
+async def test_a_trainer_that_somebody_kills_starts_once_more_and_gives_the_same_bits(link: TrainerLink, folder: Path) -> None:
+    killed: list[int] = []
+
+    def kill_once(progress: Progress) -> None:
+        if not killed:
+            killed.extend(link.process_ids())
+            os.kill(killed[0], signal.SIGKILL)
+
+    await link.run(train_job(folder, "undisturbed", local_epochs=LONG), ignore)
+    await link.run(train_job(folder, "interrupted", local_epochs=LONG), kill_once)
+    assert len(killed) == 1
+    assert (folder / "interrupted").read_bytes() == (folder / "undisturbed").read_bytes()
+
+
+async def test_a_trainer_killed_for_memory_twice_in_one_round_fails_it(
+    link: TrainerLink, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel counts a kill for memory: half the micro-batch once, then the round is given up."""
+    counts = itertools.count()
+    monkeypatch.setattr(process_module, "oom_kills", lambda: next(counts))
     killed: list[int] = []
 
     def kill(progress: Progress) -> None:

@@ -15,19 +15,26 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cosilo_client import obstacles
 from cosilo_client import terminal as sites
 from cosilo_client.coordinator import Unreachable
+from cosilo_client.duties import Duties
 from cosilo_common.audit import AuditLog, Entry, follow
 from cosilo_common.audit_reading import in_words
-from cosilo_common.canonical import canonical_json, sha256
+from cosilo_common.canonical import canonical_json, lp, sha256, u64
 from cosilo_common.errors import CosiloError
+from cosilo_common.identity.documents import VERSION_MAX
+from cosilo_common.identity.members import SignedMembers
+from cosilo_common.identity.trust import Trust, key_id, pem_of, sign_trust
 from cosilo_common.manifest import PARTICIPANTS_MAX
 from cosilo_common.rpc.v1 import enrolment_pb2
 from cosilo_server import artifacts, backup
 from cosilo_server.cli import terminal as admins
 from cosilo_server.enrolment import EnrolmentRefused, RefusalReason
+from cosilo_server.membership import AHEAD_MAX, StoredMembers
 from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.rotation import Rotation
 from cosilo_server.services.downloads import NOTED_AGAIN_S, DownloadNotes
 from cosilo_server.services.enrolment import NOTED_PER_MINUTE_MAX, EnrolmentService
-from tests.identity_parties import found
+from cosilo_server.store import Store
+from tests.identity_parties import ADMIN, FEDERATION, NOW, found
 
 # --- the audit log ---
 
@@ -105,7 +112,7 @@ def test_a_reader_that_comes_again_and_again_keeps_no_checkpoint_for_ever(tmp_pa
     clock = [0.0]
     monkeypatch.setattr(artifacts, "time", SimpleNamespace(time=lambda: clock[0], monotonic=lambda: clock[0]))
     store = artifacts.Artifacts(tmp_path)
-    digest = store.put_bytes(b"weights of long ago").hex()
+    digest = store.put_bytes(b"weights of long ago")
     store.claim({digest: 1.0})
     spared = 0
     for _ in range(10 * artifacts.LINGERS_MAX):
@@ -136,6 +143,20 @@ def test_the_same_download_is_noted_once_an_hour() -> None:
     clock[0] = NOTED_AGAIN_S
     notes.downloaded("site/st-anna", "bb", 7)
     assert len(noted) == 4
+
+
+def test_a_coordinator_that_asks_for_the_same_consent_for_ever_fills_no_site_s_log() -> None:
+    """It says consenting, revealing, consenting, a hundred times a second; the site answers with the same bytes, and notes them once."""
+    noted: list[tuple[int, int]] = []
+
+    def note(_who: str, _what: str, /, **detail: Any) -> None:
+        noted.append((detail["round"], detail["attempt"]))
+
+    duties = Duties(SimpleNamespace(note=note), bytes(32))  # type: ignore[arg-type]  # what is used of it
+    for number, attempt in [*[(1, 1)] * 1000, (1, 2), (1, 1), (2, 1), (2, 1)]:
+        owed: Any = SimpleNamespace(run=bytes(32), round=number, attempt=attempt)
+        duties._note(owed, "consented", attempt=attempt)
+    assert noted == [(1, 1), (1, 2), (2, 1)]
 
 
 class _Refused(Exception):
@@ -216,3 +237,34 @@ async def test_a_certificate_that_does_not_parse_ends_no_session(of_no_version: 
     monkeypatch.setattr(obstacles, "foreign_certificate", look)
     failed = Unreachable("attend", "CERTIFICATE_VERIFY_FAILED")
     assert await obstacles.explain(failed, "192.0.2.1:7443", "north-star", b"", None) is failed
+
+
+# --- one admin against the others ---
+
+
+def test_no_admin_uses_the_versions_up(tmp_path: Path) -> None:
+    """A list of the last version there is has no successor: its signer could never be removed, and no site be told its number."""
+    founded = found(tmp_path / "f")
+    members = StoredMembers(Store(tmp_path / "state.db"), FEDERATION, founded.members.canonical())
+
+    def offer(version: int) -> None:
+        draft = founded.members.list.model_copy(update={"version": version})
+        signature = founded.admin_key.sign(lp(b"cosilo/members/1", FEDERATION.encode(), u64(version), draft.canonical()))
+        members.put(SignedMembers(list=draft, signer=ADMIN, signature=signature).canonical())
+
+    for version in (VERSION_MAX, 2 + AHEAD_MAX):
+        with pytest.raises(CosiloError, match="versions ahead"):
+            offer(version)
+    offer(1 + AHEAD_MAX)
+    assert members.newest().version == 1 + AHEAD_MAX, "after a restore of a backup that is old"
+
+
+def test_no_admin_uses_the_trust_documents_versions_up(tmp_path: Path) -> None:
+    founded = found(tmp_path / "f")
+    state = Rotation(founded.coordinator, founded.authority, founded.members.admins, NOW)
+    roots = tuple(pem_of(root) for root in state.roots())
+    last = Trust(version=VERSION_MAX, federation=FEDERATION, roots=roots, issuers=(key_id(founded.authority.intermediate),))
+    signed = sign_trust(last, (), ADMIN, founded.admin_key, founded.members.admins())
+    with pytest.raises(CosiloError, match="versions ahead"):
+        state.put(signed.canonical(), b"", b"", NOW)
+    assert state.version() == 0

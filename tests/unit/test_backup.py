@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cosilo_common.audit import AUDIT_FILE, AuditLog
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import load_identity
 from cosilo_server import backup as module
@@ -63,6 +64,26 @@ def test_what_is_restored_is_what_was_backed_up(place: Place, tmp_path: Path) ->
     assert [c.round for c in store.checkpoints(RUN)] == list(range(9))
     assert set(artifacts.digests()) == {digest.hex() for digest in store.shelf.references()}
     check_restored(new.parent / "data")
+
+
+def test_who_did_what_is_not_lost_with_the_machine(place: Place, tmp_path: Path) -> None:
+    """The chain goes on from where the backup has it; a head that was kept later shows that the end is missing."""
+    log = AuditLog(place.data / AUDIT_FILE)
+    log.append("admin/ada", "create run")
+    kept = log.verify()
+    back_up(place.config, tmp_path / "backup")
+    log.append("admin/ada", "stop run")
+    later = log.verify()
+    new = tmp_path / "new machine" / "coordinator.toml"
+    new.parent.mkdir()
+    (new.parent / "data").mkdir()
+    restore(tmp_path / "backup", new)
+    restored = AuditLog(new.parent / "data" / AUDIT_FILE)
+    assert restored.verify(kept) == kept
+    restored.append("coordinator", "started")
+    restored.verify(kept)
+    with pytest.raises(CosiloError, match="is not the one whose hash was kept"):
+        restored.verify(later)
 
 
 def test_an_existing_backup_is_never_replaced(place: Place, tmp_path: Path) -> None:

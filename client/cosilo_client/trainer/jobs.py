@@ -32,6 +32,7 @@ class FailureCode(Enum):
     NON_FINITE = "non-finite"
     DISK = "disk"
     CRASHED = "crashed"
+    KILLED = "killed"  # by somebody, and not because memory ran out
 
 
 class TrainerFailed(CosiloError):

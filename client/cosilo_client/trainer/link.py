@@ -35,7 +35,8 @@ class TrainerLink:
     async def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result:
         """Do one job; on_progress is called in this task.
 
-        Out of memory restarts the trainer once with half the micro-batch, which is remembered. Raises TrainerFailed for
+        Out of memory restarts the trainer once with half the micro-batch, which is remembered; a trainer that somebody killed starts once
+        more as it was. Raises TrainerFailed for
         anything else that goes wrong, the trainer's death included. Cancelling ends the trainer's process: it may be
         deep in a step.
         """
@@ -76,6 +77,9 @@ class TrainerLink:
         try:
             return await self._attempt(job.model_copy(update={"micro_batch": micro}), on_progress)
         except TrainerFailed as error:
+            if error.code is FailureCode.KILLED and not self._closed:
+                log.warning("trainer killed; starting it again once")
+                return await self._attempt(job.model_copy(update={"micro_batch": micro}), on_progress)
             if error.code is not FailureCode.OUT_OF_MEMORY or micro == 1 or self._closed:
                 raise
             log.warning("trainer out of memory with %d images a pass; starting again with %d", micro, micro // 2)
@@ -92,7 +96,7 @@ class TrainerLink:
             return result
         except TrainerFailed as error:
             # The trainer says so itself and goes on where only the job was at fault.
-            done = error.code not in (FailureCode.CRASHED, FailureCode.OUT_OF_MEMORY) and self._config.processes == 1
+            done = error.code not in (FailureCode.CRASHED, FailureCode.OUT_OF_MEMORY, FailureCode.KILLED) and self._config.processes == 1
             self._lost = not done
             raise
         finally:

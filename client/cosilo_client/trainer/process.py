@@ -74,6 +74,7 @@ class TrainerProcess:
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stderr: bytes = b""
     _lost: bool = False
+    _oom_kills: int | None = None
 
     @property
     def alive(self) -> bool:
@@ -84,6 +85,7 @@ class TrainerProcess:
 
     async def start(self) -> None:
         """Start the process and wait until every rank is connected. Raises TrainerFailed."""
+        self._oom_kills = oom_kills()
         path = self.config.folder / f"trainer-{secrets.token_hex(4)}.sock"
         try:
             listener = listen(path, self.config.processes)
@@ -201,7 +203,9 @@ class TrainerProcess:
         if words:
             log.warning("trainer's last words:\n%s", "\n".join(words[-20:]))
         if status == -signal.SIGKILL:
-            # What the kernel does to a process when memory runs out; nobody else kills a trainer.
+            # What the kernel does to a process when memory runs out, and what a person may do to any.
+            if self._oom_kills is not None and oom_kills() == self._oom_kills:
+                return TrainerFailed(FailureCode.KILLED, f"the trainer {when}: killed (SIGKILL), not for memory", "find out who killed it")
             return TrainerFailed(FailureCode.OUT_OF_MEMORY, f"the trainer {when}: killed (SIGKILL)", "give the site more memory")
         cause = "does not answer" if status is None else f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         last = f": {words[-1][:200]}" if words else ""
@@ -240,3 +244,12 @@ def _peer_process(writer: asyncio.StreamWriter) -> int:
     connection: socket.socket = writer.get_extra_info("socket")
     pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(pid)
+
+
+def oom_kills() -> int | None:
+    """How many processes the kernel has killed for memory since it started (proc_vmstat(5)); None where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

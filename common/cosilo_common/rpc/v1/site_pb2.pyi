@@ -151,7 +151,7 @@ class _DeclineCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeclineCo
     DECLINE_CODE_DISK: _DeclineCode.ValueType  # 6
     """not enough free space"""
     DECLINE_CODE_PAUSED: _DeclineCode.ValueType  # 7
-    """a person paused the site"""
+    """a person paused the site, or its hours ended while it trained"""
 
 class DeclineCode(_DeclineCode, metaclass=_DeclineCodeEnumTypeWrapper):
     """Why a site does not do what it owes. A code only: reasons in words stay at the site."""
@@ -170,7 +170,7 @@ DECLINE_CODE_TRAINER: DeclineCode.ValueType  # 5
 DECLINE_CODE_DISK: DeclineCode.ValueType  # 6
 """not enough free space"""
 DECLINE_CODE_PAUSED: DeclineCode.ValueType  # 7
-"""a person paused the site"""
+"""a person paused the site, or its hours ended while it trained"""
 Global___DeclineCode: _TypeAlias = DeclineCode  # noqa: Y015
 
 @_typing.final
