@@ -17,7 +17,6 @@ from cosilo_common.identity.names import Peer, Role
 from cosilo_server.enrolment import EnrolmentRecord, OpenInvitation
 from cosilo_server.store import Store
 
-
 AHEAD_MAX = (
     4096  # versions that a restored coordinator may have missed; one admin who signs the last version there is must not have the last word
 )

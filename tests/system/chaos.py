@@ -128,7 +128,8 @@ def matrix() -> list[Cell]:
         held = phase is not Phase.OPENING  # a site that dies there has given what the sum needs; the coordinator is what works
         cells += [Cell(phase, Who.COORDINATOR), Cell(phase, Who.COORDINATOR_AND_SITE)]
         cells += [Cell(phase, Who.SITE), Cell(phase, Who.TWO_SITES), Cell(phase, Who.SITE, Blow.PARTITION)] if held else []
-        cells += [Cell(phase, Who.COORDINATOR, Blow.PARTITION)]
+        # What holds OPENING is a pipe in an upload's place, which lets go only of a process that dies.
+        cells += [Cell(phase, Who.COORDINATOR, Blow.PARTITION)] if held else []
     cells += [Cell(Phase.TRAINING, Who.TRAINER), Cell(Phase.UPLOADING, Who.TRAINER)]
     cells += [Cell(Moment.DATABASE, who, copy=copy) for who in (Who.COORDINATOR, Who.SITE) for copy in (1, 2, 3, 4)]
     for moment in (Moment.DOWNLOAD, Moment.UPLOAD):
