@@ -30,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup demo test check fuzz proto bench simulate chaos soak e2e-systemd e2e-compose e2e-prometheus e2e-page e2e-proxy sbom clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with everything that the other targets need
 
@@ -59,31 +59,23 @@ check: $(STAMP) ## Format, lint, types, imports, generated code, unit tests
 	$(BIN)/python tools/generate_wire.py --check
 	$(BIN)/python -m pytest tests/unit -q
 
-fuzz: $(STAMP) ## Give every decoder and method inputs that are nearly right; FUZZ_EXAMPLES=N each, FUZZ_ARGS="-k manifest"
-	COSILO_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz -q --timeout 3600 $(FUZZ_ARGS)
-
 proto: $(STAMP) ## Generate common/cosilo_common/rpc from proto/
 	$(BIN)/python tools/generate_wire.py
-
-bench: $(STAMP) ## Measure masking and opening: seconds and peak memory
-	$(BIN)/python bench/secagg.py $(BENCH_ARGS)
 
 simulate: $(STAMP) ## Simulate federations by seed for ten minutes, with faults; SIM_ARGS="--seed N" replays one
 	$(BIN)/python -m tests.simulation $(SIM_ARGS)
 
-soak: $(STAMP) ## 300 rounds of real daemons with sites that go and come; nothing may grow. SOAK_ARGS="--rounds 20" is short
-	$(BIN)/python -m tests.system.soak $(SOAK_ARGS)
-
 chaos: $(STAMP) ## Break a real federation at every phase by seed; CHAOS_ARGS="--seed N --only CELL" replays one fault
 	$(BIN)/python -m tests.system.chaos $(CHAOS_ARGS)
 
-e2e-systemd: $(STAMP) ## Both daemons under a real systemd: install, enrol, train, kill, hang, stop, reboot (as root; Docker)
-	tests/e2e/prepare systemd
-	$(BIN)/python -m tests.e2e.systemd
+soak: $(STAMP) ## 300 rounds of real daemons with sites that go and come; nothing may grow. SOAK_ARGS="--rounds 20" is short
+	$(BIN)/python -m tests.system.soak $(SOAK_ARGS)
 
-e2e-compose: $(STAMP) ## deploy/compose on a real engine: images, four sites in containers, one killed, one cut off, down and up (as root; Docker)
-	tests/e2e/prepare compose
-	$(BIN)/python -m tests.e2e.compose --compose "$(COMPOSE)"
+fuzz: $(STAMP) ## Give every decoder and method inputs that are nearly right; FUZZ_EXAMPLES=N each, FUZZ_ARGS="-k manifest"
+	COSILO_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz -q --timeout 3600 $(FUZZ_ARGS)
+
+bench: $(STAMP) ## Measure masking and opening: seconds and peak memory
+	$(BIN)/python bench/secagg.py $(BENCH_ARGS)
 
 e2e-prometheus: $(STAMP) ## Rules, alerts and the dashboard's queries on a real Prometheus that scrapes a federation
 	tests/e2e/prepare prometheus
@@ -93,6 +85,18 @@ e2e-page: $(STAMP) ## The status page of a live federation in headless Chromium;
 	tests/e2e/prepare page
 	$(BIN)/python -m tests.e2e.page
 
+e2e-proxy: $(STAMP) ## A site behind a real HTTP proxy (tinyproxy), the only way out: enrol, train, proxy killed in mid-transfer (as root)
+	tests/e2e/prepare proxy
+	$(BIN)/python -m tests.e2e.proxy
+
+e2e-compose: $(STAMP) ## deploy/compose on a real engine: images, four sites in containers, one killed, one cut off, down and up (as root; Docker)
+	tests/e2e/prepare compose
+	$(BIN)/python -m tests.e2e.compose --compose "$(COMPOSE)"
+
+e2e-systemd: $(STAMP) ## Both daemons under a real systemd: install, enrol, train, kill, hang, stop, reboot (as root; Docker)
+	tests/e2e/prepare systemd
+	$(BIN)/python -m tests.e2e.systemd
+
 sbom: $(STAMP) ## Bills of materials (CycloneDX) of both wheelhouses: dist/sbom-site-wheels.json, dist/sbom-coordinator-wheels.json
 	@for kind in site coordinator; do \
 	  rm -rf dist/$$kind-wheels; \
@@ -100,10 +104,6 @@ sbom: $(STAMP) ## Bills of materials (CycloneDX) of both wheelhouses: dist/sbom-
 	  $(BIN)/python tools/sbom.py --name cosilo-$$kind --wheels dist/$$kind-wheels --out dist/sbom-$$kind-wheels.json; \
 	done
 
-e2e-proxy: $(STAMP) ## A site behind a real HTTP proxy (tinyproxy), the only way out: enrol, train, proxy killed in mid-transfer (as root)
-	tests/e2e/prepare proxy
-	$(BIN)/python -m tests.e2e.proxy
-
-clean: ## Remove .venv, caches and what the demo and the benches left
+clean: ## Remove .venv, caches, dist and what the demo and the benches left
 	rm -rf $(VENV) demo-out bench-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find $(PACKAGES) tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

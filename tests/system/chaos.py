@@ -33,6 +33,7 @@ from tests.federation.relay import Direction, Fault
 from tests.system.chaos_federation import IMAGES, LARGE, PATIENT, SMALL, BreakableFederation, check_round, closed_with_all, plan
 
 STEP_S: Final = 120.0
+ROUND_S: Final = 10.0  # a round of a warm federation takes a tenth of it
 AWAY_S: Final = 2.0  # a partition: longer than any backoff of these sites
 TRANSFER_BYTES_PER_S: Final = 6e6  # ten MiB take a second and a half, in which to act
 OVERHEAD: Final = 1.02  # TLS records and HTTP/2 frames
@@ -328,7 +329,7 @@ class Chaos:
         folder = self._federation.data if who == COORDINATOR else self._federation.state(who)
         log, seen, left = folder / "state.db-wal", (0, 0), chance.randint(2, 14)
         self._federation.start_rounds(run, 1)
-        deadline = time.monotonic() + STEP_S
+        deadline = time.monotonic() + ROUND_S  # fewer growths were seen than there were: it is then killed after the round
         while left and time.monotonic() < deadline:
             now = (log.stat().st_mtime_ns, log.stat().st_size) if log.exists() else (0, 0)
             left, seen = left - (now != seen), now
