@@ -228,6 +228,13 @@ class Soaked:
             self._federation.daemon(self._away[0]).start()
             self._away = None
 
+    def all_back(self) -> None:
+        """Returns when whoever is away at the end is back."""
+        if self._away is not None:
+            site, self._away = self._away[0], None
+            self._federation.daemon(site).start()
+            self._federation.wait_ready(site)
+
     def _line(self, closed: int) -> str:
         latest = {(s.who, s.what): s.value for s in self.seen.samples if s.at_round == closed}
         megabytes = {key: value / MIB for key, value in latest.items()}
@@ -266,6 +273,7 @@ def run_soak(root: Path, rounds: int, every: int, seed: int) -> tuple[Soak, list
         soaked.order(rounds)
         with suppress(KeyboardInterrupt):  # what was seen until then is reported
             soaked.watch(rounds, every)
+        soaked.all_back()
         federation.check_alive()
     return soaked.seen, growths(soaked.seen.samples, len(soaked.seen.round_s))
 
