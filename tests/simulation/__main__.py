@@ -1,10 +1,12 @@
 """`make simulate`: many seeds in a few processes, or one seed told in full. See docs/simulation.md.
 
-    python -m tests.simulation                                  10,000 rounds or ten minutes
+    python -m tests.simulation                                  ten minutes
+    python -m tests.simulation --rounds 10000                   so many rounds, or exit code 1
     python -m tests.simulation --seed 42                        one history again, every event of it
     python -m tests.simulation --first 0                        seeds that nobody has run before
 
-Owns the command line, the worker processes and the sums over seeds. Exit code 1 where a rule was broken.
+Owns the command line, the worker processes and the sums over seeds. Exit code 1 where a rule was broken, or
+fewer rounds were simulated than were asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from tests.simulation.world import Report, simulate
 
 ROOT = Path(__file__).parents[2]
 HASH_SEED = "0"  # sets of names are walked in one order, in every process
-ROUNDS = 10_000
 SECONDS = 600.0
 
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sites", type=int, default=0, help="with --seed: so many sites instead of the drawn number")
     parser.add_argument("--quiet", action="store_true", help="with --seed: only the result")
     parser.add_argument("--first", type=int, default=1, help="the first seed; 0 takes one by the clock (default: 1)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"stop after so many rounds (default: {ROUNDS})")
+    parser.add_argument("--rounds", type=int, help="stop after so many rounds; it is a failure if the time ends before")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"stop after so many seconds (default: {SECONDS:.0f})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -90,7 +91,7 @@ def _many(asked: argparse.Namespace) -> int:
     reports: list[dict[str, Any]] = []
     failed: dict[str, Any] | None = None
     try:
-        while failed is None and _rounds(reports) < asked.rounds and time.monotonic() - began < asked.seconds:
+        while failed is None and (not asked.rounds or _rounds(reports) < asked.rounds) and time.monotonic() - began < asked.seconds:
             report = _next(workers)
             if report is None:
                 print("error: simulate: a worker ended by itself; see its words above", file=sys.stderr)
@@ -107,6 +108,9 @@ def _many(asked: argparse.Namespace) -> int:
     _tell(_sums(reports), len(reports), elapsed_s)
     if failed is not None:
         _failed(failed, 0)
+        return 1
+    if asked.rounds and _rounds(reports) < asked.rounds:
+        print(f"error: simulate: {_rounds(reports)} rounds of {asked.rounds} in {asked.seconds:.0f} s", file=sys.stderr)
         return 1
     return 0
 

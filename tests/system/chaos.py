@@ -343,6 +343,7 @@ class Chaos:
         relay = federation.relays[site]
         direction = Direction.DOWN if cell.when is Moment.DOWNLOAD else Direction.UP
         goal = relay.carried[direction] + chance.randint(CHUNK_BYTES // 4, TRANSFER_CELLS_AT - CHUNK_BYTES)
+        federation.forget_weights()  # the twin's, which are the same
         relay.shape(TRANSFER_BYTES_PER_S, 0.0)
         try:
             federation.start_rounds(run, 1)

@@ -11,7 +11,6 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -31,7 +30,6 @@ IMAGES: Final = BATCH * STEPS  # that a site trains on in a round: each has more
 # Nobody is late in a round that waits for a killed daemon and its cold trainer, on a machine that others share.
 PATIENT: Final = {f"{what}_s": 120.0 for what in ("gather", "training", "sharing", "uploading", "consenting", "revealing")}
 SMALL: Final = {"block_out_channels": [8, 16], "norm_num_groups": 4}
-CACHE_GIB: Final = 12 / 1024  # one large model: the two runs of a pair have the same weights, and the second must fetch them all the same
 LARGE: Final = {"block_out_channels": [64, 128], "norm_num_groups": 8}  # some 10 MiB: two windows, and ten chunks
 
 
@@ -52,8 +50,7 @@ class BreakableFederation(LocalFederation):
     """Four sites, each behind a relay; they look for the coordinator again within a second."""
 
     def __init__(self, root: Path) -> None:
-        sites = digits_sites(root, SITES, alpha=0.5, least=200, seed=1)
-        super().__init__(root, [replace(spec, cache={"limit_gib": CACHE_GIB}) for spec in sites])
+        super().__init__(root, digits_sites(root, SITES, alpha=0.5, least=200, seed=1))
         self.relays: dict[str, Relay] = {}
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -102,6 +99,12 @@ class BreakableFederation(LocalFederation):
         with reading(self.state(site) / "state.db") as database:
             row = database.execute(asked, (bytes.fromhex(run), number)).fetchone()
         return None if row is None else (str(row[0]), int(row[1]))
+
+    def forget_weights(self) -> None:
+        """Empties every site's cache, so that each fetches what its next round needs. Between rounds nothing of it is in use."""
+        for site in self.sites:
+            for artifact in (self.state(site) / "artifacts").iterdir():
+                artifact.unlink()
 
     def wait_told(self, run: str, number: int) -> None:
         """Returns when every site has heard that a round is over: one that was cut off hears it when it is back. Raises FederationError."""
