@@ -189,7 +189,7 @@ def start(stage: Stage) -> None:
         expect(coordinator.unit(COORDINATOR, "StatusText")["StatusText"] in ("0 sites connected", ""), "its status says something else")
     with checks.check("a site that has not enrolled says so and tries again; it enrols, is approved, and comes up by itself"):
         expect("failed" in site.refused("systemctl", "start", SITE), "a site without an identity started")
-        expect("enrol first" in site.journal(SITE), "its journal does not say what to do")
+        wait_for(lambda: "enrol first" in site.journal(SITE), "its journal says what to do", READY_S)
         invitation = around.invite(HOSPITAL, approved=False)
         said = site.run(SITE, "enrol", "-", stdin=invitation.read_bytes())
         expect("not a member yet" in said, said)
@@ -275,7 +275,7 @@ def hang(stage: Stage) -> None:
             for (_, unit), back_s in zip(both, pool.map(lambda one: _wait_back(*one, before[one[1]]), both), strict=True):
                 checks.figure(f"{unit}, SIGSTOP to READY=1 again (WatchdogSec {WATCHDOG_S})", f"{back_s - stopped_s:.1f} s")
         for machine, unit in both:
-            expect("Watchdog timeout" in machine.journal(unit), "systemd does not speak of its watchdog")
+            wait_for(lambda m=machine, u=unit: "Watchdog timeout" in m.journal(u), "systemd speaks of its watchdog", READY_S)  # type: ignore[misc]
             machine.shell(f"rm {_watchdog_folder(unit)}/watchdog.conf; systemctl daemon-reload")
     with checks.check("everybody finds each other again, and a round closes with all four"):
         stage.whole_round()
@@ -295,9 +295,9 @@ def stop(stage: Stage) -> None:
         expect(ended == {"Result": "success", "ExecMainCode": "1", "ExecMainStatus": "0", "ActiveState": "inactive"}, str(ended))
         expect(not site.shell(OWN_PROCESSES).split(), "a process of it is left")
         stage.wait_connected(present=False)
-        expect(
-            coordinator.journal(COORDINATOR, f"COSILO_SITE={HOSPITAL}", "--output=cat", "-n", "1").startswith("site disconnected"),
-            "the coordinator did not hear that it went",
+        heard = (COORDINATOR, f"COSILO_SITE={HOSPITAL}", "--output=cat", "-n", "1")
+        wait_for(
+            lambda: coordinator.journal(*heard).startswith("site disconnected"), "the coordinator's journal says that it went", READY_S
         )
         entry = around.wait_round(run)
         expect((entry["phase"], sorted(entry["survivors"])) == ("closed", sorted(COMPANIONS)), f"{entry}")
@@ -312,7 +312,7 @@ def stop(stage: Stage) -> None:
         ended = coordinator.unit(COORDINATOR, "Result", "ExecMainStatus", "ActiveState")
         expect(ended == {"Result": "success", "ExecMainStatus": "0", "ActiveState": "inactive"}, str(ended))
         coordinator.run("systemctl", "start", COORDINATOR)
-        expect("round resumed" in coordinator.journal(COORDINATOR), "it did not resume the round")
+        wait_for(lambda: "round resumed" in coordinator.journal(COORDINATOR), "it says that it resumed the round", READY_S)
         entry = around.wait_round(run)
         expect((entry["phase"], sorted(entry["survivors"])) == ("closed", EVERYBODY), f"{entry}")
 
