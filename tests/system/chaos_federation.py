@@ -131,7 +131,8 @@ class BreakableFederation(LocalFederation):
         found += [str(path) for path in (self.data / "artifacts" / "scratch").glob("*")]
         for site in self.sites:
             found += [str(path) for path in (self.state(site) / "rounds").glob("*/*")]
-            found += [str(path) for path in self.state(site).rglob("*.part")]
+            # Not those of the cache: a fetch that was given up goes on from there one day, and the cache's limit counts it.
+            found += [str(path) for path in self.state(site).rglob("*.part") if path.parent.name != "artifacts"]
             found += [str(path) for path in self.state(site).rglob("trainer-*.sock") if trainer_of(self, site) is None]
         return found
 
