@@ -105,8 +105,8 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
                 async for response in self._snapshots(peer, request_iterator, context):
                     yield response
             finally:
+                log.info("site disconnected", site=site)  # first: a call that was cancelled may not come back from the next line
                 await self._conductor.attend(site, False)
-                log.info("site disconnected", site=site)
         finally:
             self._streams[site] -= 1
 
