@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,8 @@ def _child(root: str, port: str, size: str, downs: str, ups: str, streams: str) 
     _in_threads([talk] * int(streams))
 
 
-def _in_threads(work: list[object]) -> None:
-    threads = [threading.Thread(target=one) for one in work]  # type: ignore[arg-type]
+def _in_threads(work: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=one) for one in work]
     for thread in threads:
         thread.start()
     for thread in threads:

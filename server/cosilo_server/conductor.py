@@ -247,6 +247,9 @@ class Conductor:
 
     async def attend(self, site: str, present: bool) -> None:
         """A site's stream opened or ended; a site counts as connected while it has any."""
+        await self._whole(self._attend(site, present))
+
+    async def _attend(self, site: str, present: bool) -> None:
         before = self.connected(site)
         self._connected[site] = max(0, self._connected.get(site, 0) + (1 if present else -1))
         if self.connected(site) == before:

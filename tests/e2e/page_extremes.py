@@ -155,7 +155,7 @@ def served(board: Any) -> Iterator[str]:
     port, loop, over = PagePort("127.0.0.1:0"), asyncio.new_event_loop(), asyncio.Event()
 
     async def serve() -> None:
-        feed = Feed(_Still(), board.standing)  # type: ignore[arg-type]
+        feed = Feed(_Still(), board.standing)  # type: ignore[arg-type]  # as much of a conductor as the feed needs
         port.serve(page_app(board, feed), feed)
         await over.wait()
         await port.close()

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -275,7 +276,7 @@ def hang(stage: Stage) -> None:
             for (_, unit), back_s in zip(both, pool.map(lambda one: _wait_back(*one, before[one[1]]), both), strict=True):
                 checks.figure(f"{unit}, SIGSTOP to READY=1 again (WatchdogSec {WATCHDOG_S})", f"{back_s - stopped_s:.1f} s")
         for machine, unit in both:
-            wait_for(lambda m=machine, u=unit: "Watchdog timeout" in m.journal(u), "systemd speaks of its watchdog", READY_S)  # type: ignore[misc]
+            wait_for(partial(_said_by, machine, unit, "Watchdog timeout"), "systemd speaks of its watchdog", READY_S)
             machine.shell(f"rm {_watchdog_folder(unit)}/watchdog.conf; systemctl daemon-reload")
     with checks.check("everybody finds each other again, and a round closes with all four"):
         stage.whole_round()
@@ -368,6 +369,10 @@ STEPS: tuple[Callable[[Stage], None], ...] = (install, start, sandbox, kill, han
 
 def _watchdog_folder(unit: str) -> str:
     return f"/run/systemd/system/{unit}.service.d"
+
+
+def _said_by(machine: Machine, unit: str, words: str) -> bool:
+    return words in machine.journal(unit)
 
 
 def _wait_back(machine: Machine, unit: str, before: int) -> float:

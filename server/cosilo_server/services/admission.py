@@ -256,7 +256,7 @@ class FrontDoor(grpc.aio.ServerInterceptor):
             raise
         except CosiloError as error:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, "refused", str(error)) from None
-        except NotImplementedError:
+        except NotImplementedError:  # the generated base class has it for a method that the servicer lacks
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, "unimplemented", f"{method}: this coordinator does not have it") from None
         except Exception as error:
             if context.done():  # the caller went away under it: gRPC's own errors say so in several ways

@@ -105,7 +105,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
                 async for response in self._snapshots(peer, request_iterator, context):
                     yield response
             finally:
-                log.info("site disconnected", site=site)  # first: a call that was cancelled may not come back from the next line
+                log.info("site disconnected", site=site)  # first: a cancelled call does not come back from the next line
                 await self._conductor.attend(site, False)
         finally:
             self._streams[site] -= 1
