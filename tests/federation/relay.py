@@ -226,6 +226,8 @@ class Relay:
                 await room.wait()
                 left = READ_BYTES if cut is None else min(READ_BYTES, cut - link.carried[direction])
                 data = await reader.read(left) if left else b""
+                while self._fault is Fault.STALL and data:  # it came while this way waited to read: held, and not counted
+                    await asyncio.sleep(0.02)
                 if not data:
                     if left == 0:
                         await self._drained(queue, handing)
