@@ -19,7 +19,7 @@ from sqlalchemy.exc import DatabaseError
 from cosilo_common.canonical import sha256
 from cosilo_common.clip_ranges import round_encoding
 from cosilo_common.errors import CosiloError
-from cosilo_common.manifest import Manifest
+from cosilo_common.manifest import Manifest, Participant
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_server.closing import RoundCloser, RoundOutcome
 from cosilo_server.metrics import CoordinatorMetrics
@@ -104,6 +104,7 @@ class Conductor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._working: set[asyncio.Task[Any]] = set()  # begun for a caller who may be gone
         self._on_round: Callable[[Round], None] = lambda state: None
+        self._may_come: Callable[[Participant], bool] = lambda participant: True
         self.ticked_at = time.monotonic()
         self.round_over = asyncio.Event()  # for the collector, which clears it
 
@@ -386,6 +387,10 @@ class Conductor:
         """Called for each round as it has begun and as it has ended; must not block."""
         self._on_round = told
 
+    def on_begin(self, may_come: Callable[[Participant], bool]) -> None:
+        """Asked of each participant as a round begins: one that is no member any more is not waited for; must not block."""
+        self._may_come = may_come
+
     async def _end(self, record: LiveRun, state: Round) -> None:
         self._on_round(state)
         record.opened = None
@@ -432,6 +437,7 @@ class Conductor:
                 seed=sha256(bytes.fromhex(record.manifest.nonce) + number.to_bytes(8, "big")),
                 connected=present,
                 now=self._now(),
+                gone=[p.name for p in record.manifest.participants if not self._may_come(p)],
             )
             assert not effects or state.ended
             await asyncio.to_thread(self._store.begin_round, state)

@@ -193,6 +193,7 @@ class Coordinator:
         self.conductor = Conductor(self._store, self._spool, self._closer, self.metrics)
         self._audit = AuditTrail(AuditLog(data / AUDIT_FILE), self.metrics.audit_failures.inc)
         self.conductor.on_round(self._note_round)
+        self.conductor.on_begin(lambda participant: self._members.has_site(participant.name, bytes.fromhex(participant.key)))
         self._authority = Authority.load(config.paths.identity)
         self._rotation = Rotation(identity, self._authority, lambda: self._members.newest().admins(), datetime.now(UTC))
         self._certificates = CertificateBook(self._store, self.metrics, self._rotation.issuers)

@@ -75,6 +75,11 @@ class StoredMembers:
         enrolled = self._store.enrolled_with(peer.key_digest)
         return not enrolled or (entry.role.value, entry.name, entry.key) in enrolled
 
+    def has_site(self, name: str, key: bytes) -> bool:
+        """Whether a site of this name and Ed25519 key (32 bytes) is a member and did not leave."""
+        entry = self._newest.member(name)
+        return entry is not None and entry.role is Role.SITE and entry.key == key and not self._store.left_at(name, key)
+
     def put(self, data: bytes) -> None:
         """Takes the next version from an admin, or, after a restore, the newest that an admin has seen.
 

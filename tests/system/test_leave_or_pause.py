@@ -13,7 +13,10 @@ from tests.federation.processes import FederationError, wait_until
 
 pytestmark = pytest.mark.timeout(900)  # five processes that each load torch: minutes where others share the machine
 
-STEPS = 400  # ten seconds of training on an idle core: long enough for a person's command to meet it
+LONG_STEPS, SHORT_STEPS = (
+    200,
+    4,
+)  # five seconds of training on an idle core, long enough for a person's command to meet it; and next to nothing
 WAIT_S = 120.0  # a cold trainer on a machine that others share has taken 17 s
 
 
@@ -22,16 +25,7 @@ def test_pause_and_leave_as_people_type_it(tmp_path: Path) -> None:
         federation.start()
         names = sorted(federation.sites)
         busy, leaver = names[0], names[-1]
-        run = federation.create_run(
-            {
-                "name": "clinic",
-                "preset": "digits",
-                "architecture": {"block_out_channels": [8, 16], "norm_num_groups": 4},
-                "training": {"local_epochs": 100, "batch_size": 32, "max_steps": STEPS},
-                "deadlines": {"training_s": 120},
-            }
-        )
-        federation.accept_all(run)
+        run, brief = clinic(federation, "clinic", LONG_STEPS), clinic(federation, "brief", SHORT_STEPS)
 
         federation.cosilo("run", "pause", run, "--reason", "the scanner moves")
         assert "paused by" in federation.cosilo("run", "list")
@@ -51,10 +45,10 @@ def test_pause_and_leave_as_people_type_it(tmp_path: Path) -> None:
         federation.wait_idle(run)
         assert federation.rounds(run)[-1]["survivors"] == names[1:]
         assert federation.site_command(busy, "resume") == "resumed\n"
-        assert federation.run_rounds(run, 1)[-1]["survivors"] == names
+        assert federation.run_rounds(brief, 1)[-1]["survivors"] == names
 
-        assert "What remains" in federation.site_command(leaver, "leave", run[:12], "--yes")
-        assert federation.run_rounds(run, 1)[-1]["survivors"] == names[:-1]
+        assert "What remains" in federation.site_command(leaver, "leave", brief[:12], "--yes")
+        assert federation.run_rounds(brief, 1)[-1]["survivors"] == names[:-1]
 
         with pytest.raises(FederationError, match="stop it first"):
             federation.site_command(leaver, "leave", "--federation", "--yes")
@@ -66,4 +60,19 @@ def test_pause_and_leave_as_people_type_it(tmp_path: Path) -> None:
         assert f"left: revoke {leaver}" in federation.cosilo("status")
         federation.cosilo("site", "revoke", leaver, "--yes")
         assert f"left: revoke {leaver}" not in federation.cosilo("site", "list")
-        assert federation.run_rounds(run, 1)[-1]["survivors"] == names[:-1]
+        assert federation.run_rounds(brief, 1)[-1]["survivors"] == names[:-1]
+
+
+def clinic(federation: LocalFederation, name: str, steps: int) -> str:
+    """A run of so many steps a round that every site has accepted."""
+    run = federation.create_run(
+        {
+            "name": name,
+            "preset": "digits",
+            "architecture": {"block_out_channels": [8, 16], "norm_num_groups": 4},
+            "training": {"local_epochs": 100, "batch_size": 32, "max_steps": steps},
+            "deadlines": {"training_s": 120},
+        }
+    )
+    federation.accept_all(run)
+    return run

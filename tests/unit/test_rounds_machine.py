@@ -47,7 +47,15 @@ class Script:
     """Drives one round and keeps what the machine asked for."""
 
     def __init__(
-        self, *, sites: int = 4, secure: bool = True, n_min: int = 3, f: int = 1, cohort: int = 0, connected: int | None = None
+        self,
+        *,
+        sites: int = 4,
+        secure: bool = True,
+        n_min: int = 3,
+        f: int = 1,
+        cohort: int = 0,
+        connected: int | None = None,
+        gone: tuple[str, ...] = (),
     ) -> None:
         self.names = MORE[:sites]
         terms = Terms(self.names, secure, n_min, f, cohort, DEADLINES)
@@ -56,7 +64,7 @@ class Script:
         self.effects: list[object] = []
         self.state, effects = begin(
             run=b"r" * 32, number=7, kind=RoundKind.TRAIN, terms=terms, base_digest=BASE, base_bytes=1 << 20,
-            encoding=b"e", seed=b"s" * 32, connected=present, now=self.now,
+            encoding=b"e", seed=b"s" * 32, connected=present, now=self.now, gone=gone,
         )  # fmt: skip
         self.effects += effects
 
@@ -140,6 +148,12 @@ def test_gathering_waits_for_everybody_then_invites_who_is_there() -> None:
     script.wait(0.1)
     assert script.state.phase is Phase.TRAINING
     assert script.state.invited == (NAMES[0], NAMES[1], NAMES[3])
+
+
+def test_gathering_does_not_wait_for_who_is_no_member_any_more() -> None:
+    script = Script(connected=3, gone=NAMES[3:4])
+    assert (script.state.phase, script.state.invited) == (Phase.TRAINING, NAMES[:3])
+    assert Script(connected=3).state.phase is Phase.GATHERING
 
 
 def test_gathering_abandons_with_the_counts_when_too_few_come() -> None:

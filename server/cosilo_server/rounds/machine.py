@@ -75,10 +75,11 @@ def begin(
     seed: bytes,
     connected: Iterable[str],
     now: float,
+    gone: Iterable[str] = (),
 ) -> Step:
-    """Begins a round: it gathers participants, and invites at once when all it wants are connected."""
-    present = set(connected)
-    sites = {name: Site(connected=name in present, progressed_at=now) for name in terms.participants}
+    """Begins a round: it gathers participants, and invites at once when all it wants are connected. gone: who is no member any more."""
+    present, declined = set(connected), dict.fromkeys(gone, DeclineCode.NOT_ACCEPTED)
+    sites = {name: Site(connected=name in present, progressed_at=now, declined=declined.get(name)) for name in terms.participants}
     state = Round(run, number, kind, terms, base_digest, base_bytes, encoding, seed, now, phase_since=now, sites=sites)
     return _advance(state, now)
 
