@@ -1,6 +1,7 @@
 """Local training in this process: bit for bit what a plain loop does, and no different however memory splits it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from cosilo_client.data import DataConfig
 from cosilo_client.trainer.device import Workplace
 from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Progress, TrainerFailed, TrainJob
-from cosilo_client.trainer.training import DeviceImages, steps_in_round, train
+from cosilo_client.trainer.training import Batch, DeviceImages, batches, steps_in_round, train
 from cosilo_client.trainer.update import write_update
 from cosilo_client.trainer.workshop import Workshop
 from cosilo_common.diffusion.model import build_unet, initial_state, load_vector, tensor_table, vector_blocks
@@ -72,7 +73,8 @@ def plain_loop(start: np.ndarray, data: DeviceImages, training: Training, seed: 
     generator = torch.Generator().manual_seed(seed)
     noiser = noise_schedule(SCHEDULE)
     for _ in range(training.local_epochs):
-        for batch in data.train[torch.randperm(len(data.train), generator=generator)].split(training.batch_size):
+        order = data.train[torch.randperm(len(data.train), generator=generator)]
+        for batch in order.split(training.batch_size) if training.steps_per_epoch is None else order.tensor_split(training.steps_per_epoch):
             timesteps = torch.randint(0, SCHEDULE.train_timesteps, (len(batch),), generator=generator)
             noise = torch.randn((len(batch), 1, 8, 8), generator=generator)
             images = data.images[batch].float() * (2.0 / 255) - 1.0
@@ -94,8 +96,9 @@ def plain_loop(start: np.ndarray, data: DeviceImages, training: Training, seed: 
     [
         Training(local_epochs=2, batch_size=8, learning_rate=1e-3),
         Training(batch_size=7, learning_rate=1e-2, optimiser="adamw", weight_decay=0.1, proximal_mu=0.5, horizontal_flip=True),
+        Training(local_epochs=2, steps_per_epoch=6, learning_rate=1e-3),
     ],
-    ids=["adam", "adamw-prox-flip"],
+    ids=["adam", "adamw-prox-flip", "equal-steps"],
 )
 def test_training_is_the_documented_loop_bit_for_bit(start: np.ndarray, data: DeviceImages, training: Training) -> None:
     result = trained(start, data, training)
@@ -145,6 +148,42 @@ def test_steps_of_a_round(start: np.ndarray, data: DeviceImages, epochs: int, ba
     assert steps_in_round(20, training) == outcome.steps == steps
     assert [progress.tenths for progress in seen] == sorted({10 * done // steps for done in range(1, steps + 1)} - {0})
     assert seen[-1].images == outcome.images
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(20, [4, 4, 3, 3, 3, 3]), (6, [1] * 6), (4, [1] * 4)])
+def test_a_pass_is_cut_into_equal_steps(data: DeviceImages, images: int, sizes: list[int]) -> None:
+    training = Training(local_epochs=2, steps_per_epoch=6)
+    cut = list(batches(replace(data, train=torch.arange(images)), SCHEDULE, training, torch.Generator().manual_seed(3), 3))
+    assert [len(batch.indices) for batch in cut] == 2 * sizes
+    assert steps_in_round(images, training) == len(cut)
+    for epoch in (cut[: len(sizes)], cut[len(sizes) :]):
+        assert sorted(torch.cat([batch.indices for batch in epoch]).tolist()) == list(range(images))
+
+
+def test_equal_steps_of_uneven_sites_are_together_the_pooled_step(start: np.ndarray, data: DeviceImages) -> None:
+    """The sites' first gradients, weighted by images as the round weighs updates, are that of one batch of all their images."""
+    training = Training(steps_per_epoch=2)
+    parts = [replace(data, train=torch.arange(20)[a:b]) for a, b in ((0, 14), (14, 20))]
+    noiser, gradients, drawn = noise_schedule(SCHEDULE), [], []
+    for seed, part in enumerate(parts):
+        first = next(batches(part, SCHEDULE, training, torch.Generator().manual_seed(seed), seed))
+        drawn.append(first)
+        gradients.append(first_gradient(start, noiser, data, [first]))
+    weighted = sum(len(part.train) / 20 * gradient for part, gradient in zip(parts, gradients, strict=True))
+    pooled = first_gradient(start, noiser, data, drawn)
+    assert [len(batch.indices) for batch in drawn] == [7, 3]
+    assert float((weighted - pooled).norm() / pooled.norm()) < 1e-5
+
+
+def first_gradient(start: np.ndarray, noiser: object, data: DeviceImages, drawn: list[Batch]) -> torch.Tensor:
+    """The gradient at the start, as a vector, of the mean loss over batches put together."""
+    unet = build_unet(TINY)
+    load_vector(unet, start)
+    indices = torch.cat([batch.indices for batch in drawn])
+    timesteps, noise = (torch.cat([getattr(batch.draw, what) for batch in drawn]) for what in ("timesteps", "noise"))
+    images = data.images[indices].float() * (2.0 / 255) - 1.0
+    per_image_loss(unet, noiser, images, data.labels[indices], timesteps, noise).mean().backward()
+    return torch.cat([parameter.grad.ravel() for parameter in unet.parameters()])
 
 
 def test_a_round_that_diverges_is_refused(start: np.ndarray, data: DeviceImages) -> None:

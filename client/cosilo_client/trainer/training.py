@@ -106,10 +106,9 @@ def batches(data: DeviceImages, schedule: Schedule, training: Training, generato
     done = 0
     for _ in range(training.local_epochs):
         order = data.train[torch.randperm(len(data.train), generator=generator)]
-        for start in range(0, len(order), training.batch_size):
+        for indices in _cut(order, training):
             if training.max_steps is not None and done == training.max_steps:
                 return
-            indices = order[start : start + training.batch_size]
             shape = (len(indices), *data.images.shape[1:])
             yield Batch(indices, draw_noise(shape, schedule.train_timesteps, training.horizontal_flip, generator, sequence))
             done += 1
@@ -117,8 +116,16 @@ def batches(data: DeviceImages, schedule: Schedule, training: Training, generato
 
 def steps_in_round(images: int, training: Training) -> int:
     """Optimiser steps that a site with that many training images takes."""
-    steps = training.local_epochs * -(-images // training.batch_size)
+    an_epoch = -(-images // training.batch_size) if training.steps_per_epoch is None else min(images, training.steps_per_epoch)
+    steps = training.local_epochs * an_epoch
     return steps if training.max_steps is None else min(steps, training.max_steps)
+
+
+def _cut(order: torch.Tensor, training: Training) -> tuple[torch.Tensor, ...]:
+    """An epoch's batches: of batch_size, the last one smaller; or steps_per_epoch of them, whose sizes differ by one at most."""
+    if training.steps_per_epoch is None:
+        return torch.split(order, training.batch_size)
+    return torch.tensor_split(order, min(len(order), training.steps_per_epoch))
 
 
 def build_optimiser(parameters: list[torch.nn.Parameter], training: Training, place: Workplace) -> torch.optim.Optimizer:

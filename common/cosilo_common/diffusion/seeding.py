@@ -4,7 +4,8 @@ Owns the seed's derivation only; must not know torch. The convention of one roun
 torch.Generator seeded by `site_seed`, is:
 
 1. each epoch: `order = torch.randperm(n, generator=g)` over the n training images in the split's order; batches are
-   consecutive slices of batch_size, the last one short;
+   consecutive slices of batch_size, the last one short; or, with steps_per_epoch, so many slices of sizes that differ by one at most, the
+   larger ones first;
 2. each batch of b images, in this order: `t = torch.randint(0, train_timesteps, (b,), generator=g)`, then
    `noise = torch.randn((b, channels, size, size), generator=g)`, then, only where horizontal_flip is set,
    `flips = torch.rand(b, generator=g) < 0.5`. With timesteps = "sobol", t is not drawn from g: it is floor(train_timesteps * u) for the

@@ -125,7 +125,10 @@ class Training(Plain):
     """One site's work in one round.
 
     local_epochs: passes over the site's training part; max_steps: stops earlier, in optimiser steps. batch_size: images
-    a step over all of a site's GPUs. proximal_mu: FedProx's weight on mu/2 ||w - w_global||^2 (Li et al., arXiv
+    a step over all of a site's GPUs. steps_per_epoch: instead of batch_size, each pass is cut into so many batches as even
+    as can be, of one image at least; then sites of every size take as many steps as pooled training does, each step's
+    gradients weigh by images as the pooled batch's would, and only the sites' drift is left of the gap (docs/levers.md).
+    proximal_mu: FedProx's weight on mu/2 ||w - w_global||^2 (Li et al., arXiv
     1812.06127), 0 for plain FedAvg. max_grad_norm: 0 for no clipping. heldout_fraction: the part of a site's images
     that is never trained on (at least one image). loss_buckets: equal ranges of timesteps over which the held-out loss
     is reported. seed: the run's own; see `seeding`. loss_weighting: of an image's squared error by its timestep's
@@ -145,6 +148,7 @@ class Training(Plain):
     loss_buckets: Annotated[Whole, Field(ge=1, le=BUCKETS_MAX)] = 4
     seed: Annotated[Whole, Field(ge=0, le=SEED_MAX)] = 0
     max_steps: Annotated[Whole, Field(ge=1, le=STEPS_MAX)] | None = None
+    steps_per_epoch: Annotated[Whole, Field(ge=1, le=STEPS_MAX)] | None = None
     loss_weighting: Literal["uniform", "min_snr", "alpha_squared"] = "uniform"
     min_snr_gamma: Annotated[float, Field(gt=0, le=1e6)] = 5.0
     timesteps: Literal["uniform", "sobol"] = "uniform"
