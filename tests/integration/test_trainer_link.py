@@ -292,6 +292,16 @@ asyncio.run(link.run(job, lambda progress: print(*link.process_ids(), flush=True
     assert not (folder / "orphan").exists()
 
 
+async def test_a_socket_that_a_killed_daemon_left_is_removed_by_the_next(folder: Path) -> None:
+    """Killed while its trainer starts: nobody has connected yet, so the socket's name is still there."""
+    left = folder / "trainer-4692f335.sock"
+    listen(left, 1).close()
+    assert left.is_socket()
+    trainer = TrainerLink(TrainerConfig(folder))
+    assert not left.exists()
+    await trainer.close()
+
+
 async def test_two_ranks_train_as_one(folder: Path) -> None:
     """Two processes under torchrun, gloo between them: the same W and losses, and the same update but for rounding."""
     trainer = TrainerLink(TrainerConfig(folder, processes=2))

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 
 from cosilo_client.trainer.jobs import FailureCode, Job, Progress, Result, TrainerFailed, TrainJob
-from cosilo_client.trainer.process import TrainerConfig, TrainerProcess
+from cosilo_client.trainer.process import SOCKETS, TrainerConfig, TrainerProcess
 
 __all__ = ["TrainerConfig", "TrainerLink"]
 
@@ -19,11 +19,14 @@ log = logging.getLogger("cosilo.trainer")
 class TrainerLink:
     """Runs jobs in the trainer process: `result = await link.run(job, on_progress)`.
 
-    restarts: how often a trainer was started again because memory ran out or the one before had died.
+    restarts: how often a trainer was started again because memory ran out or the one before had died. Sockets that a killed daemon left in
+    the folder are removed: whoever makes a link holds the folder's lock.
     """
 
     def __init__(self, config: TrainerConfig) -> None:
         self._config = config
+        for left in config.folder.glob(SOCKETS):
+            left.unlink(missing_ok=True)
         self._one_job = asyncio.Lock()
         self._worker: TrainerProcess | None = None
         self._idle: asyncio.Task[None] | None = None

@@ -38,6 +38,7 @@ STOP_TIMEOUT_S = 5.0  # a worker exits as soon as its socket closes; one that do
 REPORTS_WAITING_MAX = 256  # a round has some tens
 STDERR_BYTES_KEPT = 8192  # enough for a traceback
 PROCESSES_MAX = 64  # GPUs of one machine
+SOCKETS = "trainer-*.sock"  # gone once every rank is connected, unless the daemon dies before that
 
 log = logging.getLogger("cosilo.trainer")
 
@@ -86,7 +87,7 @@ class TrainerProcess:
     async def start(self) -> None:
         """Start the process and wait until every rank is connected. Raises TrainerFailed."""
         self._oom_kills = oom_kills()
-        path = self.config.folder / f"trainer-{secrets.token_hex(4)}.sock"
+        path = self.config.folder / SOCKETS.replace("*", secrets.token_hex(4))
         try:
             listener = listen(path, self.config.processes)
             server = await asyncio.start_unix_server(self._accept, sock=listener, limit=LINE_BYTES_MAX)

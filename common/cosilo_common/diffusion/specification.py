@@ -125,9 +125,10 @@ class Training(Plain):
     """One site's work in one round.
 
     local_epochs: passes over the site's training part; max_steps: stops earlier, in optimiser steps. batch_size: images
-    a step over all of a site's GPUs. steps_per_epoch: instead of batch_size, each pass is cut into so many batches as even
-    as can be, of one image at least; then sites of every size take as many steps as pooled training does, each step's
-    gradients weigh by images as the pooled batch's would, and only the sites' drift is left of the gap (docs/levers.md).
+    a step over all of a site's GPUs. steps_per_epoch: each pass is cut into so many batches instead, as even as can be, of
+    one image at least, and batch_size bounds what goes through the network at once; then sites of every size take as many
+    steps as pooled training does, each step's gradients weigh by images as the pooled batch's would, and only the sites'
+    drift is left of the gap (docs/levers.md).
     proximal_mu: FedProx's weight on mu/2 ||w - w_global||^2 (Li et al., arXiv
     1812.06127), 0 for plain FedAvg. max_grad_norm: 0 for no clipping. heldout_fraction: the part of a site's images
     that is never trained on (at least one image). loss_buckets: equal ranges of timesteps over which the held-out loss
