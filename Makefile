@@ -14,6 +14,8 @@ CODE := $(PACKAGES) tests tools $(wildcard bench)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+FILE ?= bench/study/scenarios/smoke.toml
+STUDY_ARGS ?=
 PIP_ARGS ?=
 SIM_ARGS ?=
 # The v2 plugin where it is installed, else version 1.
@@ -27,7 +29,7 @@ FUZZ_EXAMPLES ?= 2000
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check fuzz proto bench simulate chaos soak e2e-systemd e2e-compose e2e-prometheus e2e-page e2e-proxy sbom clean
+.PHONY: help setup demo test check fuzz proto bench study simulate chaos soak e2e-systemd e2e-compose e2e-prometheus e2e-page e2e-proxy sbom clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,8 +76,12 @@ soak: $(STAMP) ## 300 rounds of real daemons with sites that go and come; nothin
 fuzz: $(STAMP) ## Give every decoder and method inputs that are nearly right; FUZZ_EXAMPLES=N each, FUZZ_ARGS="-k manifest"
 	COSILO_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz -q --timeout 3600 $(FUZZ_ARGS)
 
-bench: $(STAMP) ## Measure masking and opening: seconds and peak memory
-	$(BIN)/python bench/secagg.py $(BENCH_ARGS)
+bench: $(STAMP) ## Speed and memory, each figure beside a yardstick of the same run; BENCH_ARGS="--quick" or "--only transfer masks"
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+study: $(STAMP) ## A scenario of the study over real daemons, scored: FILE=bench/study/scenarios/NAME.toml STUDY_ARGS="--arms fedavg"
+	$(BIN)/python tools/convert_efficientnet.py
+	$(BIN)/python -m bench.study.run $(FILE) $(STUDY_ARGS)
 
 e2e-prometheus: $(STAMP) ## Rules, alerts and the dashboard's queries on a real Prometheus that scrapes a federation
 	tests/e2e/prepare prometheus

@@ -1,6 +1,6 @@
 """Whole rounds that train nothing, beside the bytes alone through raw TLS: seconds, processor seconds, peak memory.
 
-    python -m bench.rounds [--model 146|507|3400] [--sites 3 10] [--rounds 3] [--modes masked plain] [--json FILE]
+    python -m bench.rounds [--model 42|146|507|3400] [--sites 3 10] [--rounds 3] [--modes masked plain] [--json FILE]
 
 Rehearsals over a real federation on this machine: a coordinator and sites as processes, mTLS, every digest and check. A round's seconds are
 the coordinator's own, from the first phase to the last. The yardstick moves the same bytes (each site's fetch and upload) through one raw
@@ -26,13 +26,16 @@ from typing import Any
 
 import psutil
 
-from bench.yardsticks import raw_tls_s
+from bench.figures import Figure, at_most
+from bench.yardsticks import anonymous_bytes, raw_tls_s
 from tests.federation.digits import digits_sites
 from tests.federation.local import COORDINATOR, LocalFederation
 
-# Widths of an 8x8 UNet by the model's size in MB of float32: 36.4, 126.7 and 861 million parameters.
-WIDTHS = {146: (240, 480), 507: (448, 896), 3400: (1168, 2336), 1: (16, 32)}
+# Widths of an 8x8 UNet by the model's size in MB of float32; the larger ones are 36.4, 126.7 and 861 million parameters.
+WIDTHS = {1: (16, 32), 42: (128, 256), 146: (240, 480), 507: (448, 896), 3400: (1168, 2336)}
 GOALS = {"masked": 3.0, "plain": 2.0}  # times raw TLS
+MODELS_MAX, CONSTANT_MB = 2.5, 200.0  # of the coordinator's peak anonymous memory
+GROWTH_MAX = 1.1  # of that peak from 3 sites to 10 and 30
 SAMPLE_S = 0.02
 PATIENCE_S = 1800.0
 
@@ -55,12 +58,39 @@ class Row:
     every_s: tuple[float, ...]
 
 
+def measure(quick: bool = False) -> Iterator[Figure]:
+    """Masked and plain, 146 and 507 MB, 3 and 10 sites; memory also with 30 sites of a smaller model."""
+    plan = [(42, [3], 1, ["masked"])] if quick else [(146, [3, 10], 3, ["masked", "plain"]), (507, [3, 10], 2, ["masked", "plain"])]
+    plan += [] if quick else [(42, [3, 10, 30], 2, ["masked"])]
+    for model, sites, rounds, modes in plan:
+        first: dict[str, float] = {}
+        for count in sites:
+            for row in _federation(model, count, rounds, modes, None):
+                yield from figures_of(row)
+                base = first.setdefault(row.mode, row.coordinator_peak_mb)
+                if count != sites[0]:
+                    name = f"rounds.{row.mode}.{model}.{count}.memory.growth"
+                    yield Figure(name, row.coordinator_peak_mb, "MB", f"with {sites[0]} sites, MB", base, at_most(GROWTH_MAX))
+
+
+def figures_of(row: Row) -> Iterator[Figure]:
+    """A row as figures."""
+    name = f"rounds.{row.mode}.{row.model_mb:.0f}.{row.sites}"
+    yield Figure(name, row.seconds, "s", "raw TLS, s", row.tls_s, at_most(GOALS[row.mode]))
+    yield Figure(f"{name}.cpu", row.cpu_s, "s of the processor, all processes")
+    yield Figure(f"{name}.cpu.coordinator", row.coordinator_cpu_s, "s of the processor")
+    allowed = MODELS_MAX * row.model_mb + CONSTANT_MB
+    yield Figure(f"{name}.memory.coordinator", row.coordinator_peak_mb, "MB", "allowed, MB", allowed, at_most(1.0))
+    yield Figure(f"{name}.memory.coordinator.before", row.coordinator_base_mb, "MB")
+    yield Figure(f"{name}.memory.site", row.site_peak_mb, "MB")
+
+
 class Peaks:
     """The highest anonymous memory of processes by name, while it is watched."""
 
     def __init__(self, processes: dict[str, psutil.Process]) -> None:
         self._processes = processes
-        self.base = {name: _anonymous(process) for name, process in processes.items()}
+        self.base = {name: anonymous_bytes(process.pid) for name, process in processes.items()}
         self.peak = dict(self.base)
         self._over = threading.Event()
 
@@ -78,7 +108,7 @@ class Peaks:
     def _sample(self) -> None:
         while not self._over.wait(SAMPLE_S):
             for name, process in self._processes.items():
-                self.peak[name] = max(self.peak[name], _anonymous(process))
+                self.peak[name] = max(self.peak[name], anonymous_bytes(process.pid))
 
 
 def main() -> None:
@@ -90,15 +120,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the federation lives: some (4 + 2 N) models of disk")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
-    rows = [
-        row for sites in arguments.sites for row in _federation(arguments.model, sites, arguments.rounds, arguments.modes, arguments.folder)
-    ]
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"machine": platform.machine(), "cores": psutil.cpu_count(), "python": platform.python_version()}
-        arguments.json.write_text(
-            json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8"
-        )
+    rows = []
+    for sites in arguments.sites:
+        for row in _federation(arguments.model, sites, arguments.rounds, arguments.modes, arguments.folder):
+            rows.append(row)
+            if arguments.json:  # after each: a long run that is cut off has told what it found
+                _write(arguments.json, rows)
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"machine": platform.machine(), "cores": psutil.cpu_count(), "python": platform.python_version()}
+    path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
 
 
 def _federation(model: int, sites: int, rounds: int, modes: list[str], folder: Path | None) -> Iterator[Row]:
@@ -161,13 +194,6 @@ def _show(row: Row) -> None:
         f"(idle {row.coordinator_base_mb:.0f}), site {row.site_peak_mb:.0f} MB",
         flush=True,
     )
-
-
-def _anonymous(process: psutil.Process) -> int:
-    for line in Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not tell a process's anonymous memory")
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -34,6 +34,7 @@ from cosilo_client.session import Session
 from cosilo_client.spending import Spending
 from cosilo_client.trainer import TrainerConfig, TrainerLink
 from cosilo_client.training import Training
+from cosilo_common.allocation import allocate_for_chunks
 from cosilo_common.audit import AuditTrail, Note, no_note
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import Identity, load_identity
@@ -55,6 +56,7 @@ def serve(config: SiteConfig) -> None:
     """Runs the daemon until SIGTERM or SIGINT. Raises CosiloError where it cannot start."""
     configure_logging(config.log.form, config.log.level)
     os.environ.update(device_environment(config.trainer))
+    allocate_for_chunks()
     asyncio.run(_serve(config))
 
 

@@ -21,7 +21,7 @@ _FLOAT_BYTES: Final = 4
 
 def check_base_bytes(manifest: Manifest, base_bytes: int) -> None:
     """Raises ProtocolViolation("phase-0") unless a weights artifact of this run has this length: no fetch fills a disk."""
-    table = manifest.tensor_table
+    table = manifest.split.base_table
     due = _LENGTH_BYTES + len(table.header_bytes) + _FLOAT_BYTES * table.size
     if base_bytes != due:
         raise ProtocolViolation(Rule.START, f"the base model has {base_bytes} bytes; by the manifest it has {due}")

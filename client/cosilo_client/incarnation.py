@@ -14,15 +14,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import CheckConstraint, Column, Engine, Integer, LargeBinary, Table, select, update
+from sqlalchemy import CheckConstraint, Column, Engine, Integer, LargeBinary, Table, bindparam, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cosilo_client.durable import write_durably
 from cosilo_client.ledger import tables
 from cosilo_common.canonical import lp, sha256
-from cosilo_common.database import reading
 from cosilo_common.errors import CosiloError
 from cosilo_common.secagg.keys import Randomness
+from cosilo_common.statements import Statement, ask_one, writing
 
 TOKEN_BYTES: Final = 16
 _LABEL: Final = b"cosilo/incarnation/1"
@@ -36,6 +36,16 @@ _incarnation = Table(
     Column("coming", LargeBinary, nullable=False),  # written before the file is, so that a crash between is no alarm
     Column("changed_ns", Integer, nullable=False),
 )
+
+
+_ROW: Final = Statement(select(_incarnation))
+_COMING: Final = Statement(
+    upsert(_incarnation).on_conflict_do_update(
+        index_elements=["id"], set_={"site_key": bindparam("to_key"), "coming": bindparam("to_coming")}
+    ),
+    ("id", "site_key", "token", "coming", "changed_ns"),
+)
+_CAME: Final = Statement(update(_incarnation).values(token=bindparam("to_token"), changed_ns=bindparam("to_changed_ns")))
 
 
 class FolderWentBack(CosiloError):
@@ -57,8 +67,7 @@ class Incarnation:
         is no backup. Returns whether the key is new to this ledger. Raises CosiloError where the folder is a restored
         backup or a copy, or where this key's ledger is gone, for which nobody can vouch.
         """
-        with reading(self._engine) as connection:
-            row = connection.execute(select(_incarnation)).one_or_none()
+        row = ask_one(self._engine, _ROW)
         if row is None and self._found()[TOKEN_BYTES:] == _owner(site_key):
             raise CosiloError(
                 "open journal",
@@ -75,9 +84,7 @@ class Incarnation:
 
     def advance(self) -> None:
         """Outdates every backup taken so far; called before each step that must not be repeated. Durable."""
-        with reading(self._engine) as connection:
-            site_key = bytes(connection.execute(select(_incarnation.c.site_key)).scalar_one())
-        self._write(site_key)
+        self._write(ask_one(self._engine, _ROW).site_key)
 
     def _check(self, token: bytes, coming: bytes, changed_ns: int) -> None:
         found = self._found()
@@ -99,14 +106,12 @@ class Incarnation:
 
     def _write(self, site_key: bytes) -> None:
         coming = self._randomness.token_bytes(TOKEN_BYTES) + _owner(site_key)
-        with self._engine.begin() as connection:
-            row = {"id": 1, "site_key": site_key, "token": b"", "coming": coming, "changed_ns": 0}
-            statement = upsert(_incarnation).values(row)
-            connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"site_key": site_key, "coming": coming}))
+        with writing(self._engine) as transaction:
+            transaction.run(_COMING, id=1, site_key=site_key, token=b"", coming=coming, changed_ns=0, to_key=site_key, to_coming=coming)
         write_durably(self._path, coming)
         changed_ns = self._path.stat().st_ctime_ns
-        with self._engine.begin() as connection:
-            connection.execute(update(_incarnation).values(token=coming, changed_ns=changed_ns))
+        with writing(self._engine) as transaction:
+            transaction.run(_CAME, to_token=coming, to_changed_ns=changed_ns)
 
 
 def _owner(site_key: bytes) -> bytes:

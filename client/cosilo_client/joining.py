@@ -107,8 +107,8 @@ def refuse_unlisted(run: bytes) -> Refusal:
 def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
     """What a run would take from this site, in plain words, as `cosilo-site accept` shows it."""
     manifest = candidate.manifest
-    values = manifest.tensor_table.size
-    upload_mb = values * manifest.encoding.bits / 8 / 1e6
+    values, shared = manifest.tensor_table.size, manifest.shared_table.size
+    upload_mb = manifest.split.summed_size * manifest.encoding.bits / 8 / 1e6
     architecture = manifest.architecture
     lines = [
         f"Run {candidate.run.hex()}",
@@ -120,6 +120,11 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
         f"  one upload of {upload_mb:,.1f} MB: how much training changed each of the model's values",
         f"    ({_work(manifest)}; no change larger than {manifest.encoding.clip:g}),",
         f"    the number of images trained on (at most {manifest.encoding.cap}), and {manifest.loss_words} mean losses",
+        *(
+            ["    and as many values of how this site's mean gradient changed (control variates)"]
+            if manifest.training.control_variates
+            else []
+        ),
         "  how far it is (fetching, training, masking, uploading; in tenths) and how many bytes have moved",
         f"How often: at most {manifest.rounds_max} rounds",
         *_looks(manifest, policy),
@@ -132,6 +137,7 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
         "  images, labels, file names, the number of images of any class",
         "  losses and counts of this site alone; its metrics and its log" if manifest.secure else "  its metrics and its log",
         "  its unmasked update, its keys and its seeds" if manifest.secure else "  its keys",
+        *([f"  its own {', '.join(manifest.training.personal)}: {values - shared:,} values stay here"] if values != shared else []),
         "",
         "What this does not protect against",
         "  what the finished model has memorised, and what a sum of few sites tells: see docs/threat-model.md",

@@ -4,6 +4,7 @@
     journal.lock             held by the one daemon that may sign with this site's key
     incarnation              see cosilo_client.incarnation
     rounds/RUN/              masks.key round.key update update.json spool-ATTEMPT; gone when the round is
+    personal/RUN/            layers that stay at this site, if the run has any; gone when the site leaves the run
 
 Owns which file exists when; the site role (cosilo_client.secagg) decides, the trainer and the session read and write
 through the paths given here. Must not know gRPC or the clock.
@@ -26,6 +27,7 @@ from sqlalchemy import Engine
 from cosilo_client.durable import make_folder, remove_folder, unlink_durably, write_durably
 from cosilo_client.incarnation import Incarnation
 from cosilo_client.ledger import SCHEMA_VERSION, UPGRADES, Ledger, Phase, RoundEntry, RoundState, tables
+from cosilo_client.personal import PersonalLayers
 from cosilo_client.vault import Vault
 from cosilo_common.database import open_database, prepare_schema
 from cosilo_common.errors import CosiloError
@@ -96,6 +98,7 @@ class Journal:
         """Held where one thread checks the ledger and then writes: a site may be in rounds of several runs at once."""
         self.ledger = Ledger(engine)
         self.vault = Vault(engine, self._rounds, randomness)
+        self.personal = PersonalLayers(folder)
 
     @classmethod
     def open(cls, folder: Path, *, site_key: bytes, randomness: Randomness | None = None, vouched: bool = False) -> Self:
@@ -199,6 +202,9 @@ class Journal:
             run = bytes.fromhex(folder.name)
             if run not in open_runs:
                 self._forget(run)
+        for run in self.personal.runs():
+            if self.ledger.left_at(run):
+                self.personal.forget(run)
         for entry in open_runs.values():
             if self.leaves(entry):
                 self.finish(entry, RoundState.ABANDONED, LEFT)

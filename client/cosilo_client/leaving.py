@@ -21,6 +21,7 @@ from cosilo_client.errands import tell_of_leaving
 from cosilo_client.journal import DATABASE_NAME, ROUNDS_FOLDER, locked_folder, open_ledger
 from cosilo_client.ledger import RoundState
 from cosilo_client.pause import PAUSE_FILE
+from cosilo_client.personal import PERSONAL_FOLDER, PersonalLayers
 from cosilo_client.standing import key_fingerprint, matching_run
 from cosilo_common.audit import AUDIT_FILE
 from cosilo_common.errors import CosiloError
@@ -77,6 +78,7 @@ def explain_leaving_run(config: SiteConfig, leaving: LeavingRun) -> str:
             "",
             "What ends",
             "  this site's consent: the daemon declines every round of this run, training that runs is stopped, and what it had trained is deleted",
+            *(["  the layers of it that stay at this site are deleted"] if leaving.manifest.training.personal else []),
             "  [policy] accepts this run no more by itself; only a person does, with cosilo-site accept",
             "",
             "What does not end",
@@ -95,6 +97,7 @@ def leave_run(config: SiteConfig, leaving: LeavingRun) -> None:
     """Withdraws the acceptance; a running daemon sees it within seconds."""
     by_person(config, "leave run", run=leaving.run.hex(), name=leaving.manifest.name)
     open_ledger(config.state).leave(leaving.run, at=datetime.now(UTC).isoformat())
+    PersonalLayers(config.state).forget(leaving.run)  # killed before this, the daemon's next start does it
 
 
 def explain_leaving_federation(config: SiteConfig) -> str:
@@ -134,6 +137,7 @@ def leave_federation(config: SiteConfig) -> LeftFederation:
             shred(path)
         for folder in (
             ROUNDS_FOLDER,
+            PERSONAL_FOLDER,
             ARTIFACTS_FOLDER,
             IDENTITY_FOLDER,
         ):  # the identity last: without it nothing says that this is half done
@@ -164,7 +168,8 @@ def _withdraw(config: SiteConfig) -> None:
 
 
 def _secrets(state: Path) -> Iterator[Path]:
-    """Files whose bytes are overwritten before they are unlinked: keys, and updates that no mask covers."""
+    """Files whose bytes are overwritten before they are unlinked: keys, and what was trained here and no mask covers."""
+    yield from sorted(path for path in (state / PERSONAL_FOLDER).rglob("*") if path.is_file())
     for folder in (state / ROUNDS_FOLDER, state / IDENTITY_FOLDER):
         yield from sorted(path for path in folder.rglob("*") if path.is_file() and (".key" in path.name or path.name.startswith("update")))
 

@@ -8,7 +8,7 @@ or the round's secrets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
@@ -24,7 +24,6 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
-    Row,
     String,
     Table,
     and_,
@@ -40,6 +39,7 @@ from sqlalchemy.exc import IntegrityError
 
 from cosilo_common.database import reading
 from cosilo_common.errors import CosiloError
+from cosilo_common.statements import Statement, ask, ask_one, writing
 
 SCHEMA_VERSION: Final = 2
 
@@ -151,15 +151,6 @@ for _kept, _verbs in (
 UPGRADES: Final[Mapping[int, Callable[[Connection], None]]] = MappingProxyType({1: _departures.create})
 """By version: what makes the next one, in one transaction. No copy is left beside it: a site's ledger is never put back."""
 
-# What every step of a round asks, made once: building such a statement takes longer than running it.
-_OF_RUN: Final = _rounds.c.run == bindparam("of_run")
-_ROUND: Final = select(_rounds).where(_OF_RUN, _rounds.c.round == bindparam("of_round"))
-_LAST_ROUND: Final = select(_rounds).where(_OF_RUN).order_by(_rounds.c.round.desc()).limit(1)
-_CONSENT: Final = select(_consents).where(_consents.c.run == bindparam("of_run"), _consents.c.round == bindparam("of_round"))
-_LEFT: Final = select(_departures).where(_departures.c.run == bindparam("of_run")).order_by(_departures.c.id.desc()).limit(1)
-_UPLOADED_FOR: Final = select(_uploads).where(_uploads.c.base_digest == bindparam("of_base"))
-_PERMITTED_FOR: Final = select(_permits.c.rounds).where(_permits.c.base_digest == bindparam("of_base"))
-
 
 class RoundState(StrEnum):
     """Whether a round still runs, as this site sees it."""
@@ -179,6 +170,39 @@ class Phase(IntEnum):
     UPLOADED = 4
     CONSENTED = 5
     REVEALED = 6
+
+
+# What every step of a round asks and writes, made once: building such a statement takes longer than running it.
+_OF_RUN: Final = _rounds.c.run == bindparam("of_run")
+_OF_ROUND: Final = and_(_OF_RUN, _rounds.c.round == bindparam("of_round"))
+_IS_OPEN: Final = _rounds.c.state == RoundState.OPEN.value
+_ACCEPTED: Final = Statement(select(_runs).where(_runs.c.run == bindparam("of_run")))
+_ALL_ACCEPTED: Final = Statement(select(_runs).order_by(_runs.c.accepted_at, _runs.c.run))
+_KEYS: Final = Statement(select(_run_keys.c.name, _run_keys.c.key).where(_run_keys.c.run == bindparam("of_run")))
+_ROUND: Final = Statement(select(_rounds).where(_OF_ROUND))
+_LAST_ROUND: Final = Statement(select(_rounds).where(_OF_RUN).order_by(_rounds.c.round.desc()).limit(1))
+_CONSENT: Final = Statement(select(_consents).where(_consents.c.run == bindparam("of_run"), _consents.c.round == bindparam("of_round")))
+_LEFT: Final = Statement(select(_departures).where(_departures.c.run == bindparam("of_run")).order_by(_departures.c.id.desc()).limit(1))
+_UPLOADED_FOR: Final = Statement(select(_uploads).where(_uploads.c.base_digest == bindparam("of_base")))
+_PERMITTED_FOR: Final = Statement(select(_permits.c.rounds).where(_permits.c.base_digest == bindparam("of_base")))
+_OPEN_ROUNDS: Final = Statement(select(_rounds).where(_IS_OPEN))
+_OVERTAKE: Final = Statement(
+    update(_rounds).where(_OF_RUN, _IS_OPEN).values(state=RoundState.ABANDONED.value, outcome=bindparam("why_abandoned"))
+)
+_BEGIN: Final = Statement(
+    insert(_rounds), ("run", "round", "kind", "invited", "base_digest", "encoding_digest", "state", "phase", "attempt")
+)
+_REACH: Final = Statement(
+    update(_rounds).where(_OF_ROUND, _IS_OPEN, _rounds.c.phase < bindparam("to_phase")).values(phase=bindparam("to_phase"))
+)
+_RAISE: Final = Statement(
+    update(_rounds).where(_OF_ROUND).values(attempt=bindparam("to_attempt"), upload=None, phase=bindparam("to_phase"))
+)
+_SPOOLED: Final = Statement(update(_rounds).where(_OF_ROUND).values(upload=bindparam("statement"), phase=bindparam("to_phase")))
+_COUNT_UPLOAD: Final = Statement(upsert(_uploads).on_conflict_do_nothing(), ("base_digest", "run", "round", "cohort"))
+_FINISH: Final = Statement(update(_rounds).where(_OF_ROUND, _IS_OPEN).values(state=bindparam("to_state"), outcome=bindparam("why_ended")))
+_RECORD_CONSENT: Final = Statement(insert(_consents), ("run", "round", "attempt", "survivors", "survives", "message"))
+_SET_PHASE: Final = Statement(update(_rounds).where(_OF_ROUND).values(phase=bindparam("to_phase")))
 
 
 @dataclass(frozen=True)
@@ -252,8 +276,10 @@ class Ledger:
         Raises CosiloError where the run was accepted with other participants: an acceptance is not rewritten.
         """
         with self._engine.begin() as connection:
-            known = self._accepted(connection, run)
-            if known is not None:
+            row = connection.execute(select(_runs).where(_runs.c.run == run)).one_or_none()
+            if row is not None:
+                pinned = connection.execute(select(_run_keys.c.name, _run_keys.c.key).where(_run_keys.c.run == run)).all()
+                known = _accepted_run(row, pinned)
                 if known.manifest != manifest or dict(known.participants) != dict(participants):
                     raise CosiloError("accept run", f"{run.hex()[:12]}: accepted before with other bytes", "create a new run")
                 return
@@ -267,15 +293,13 @@ class Ledger:
 
     def accepted(self, run: bytes) -> AcceptedRun | None:
         """The acceptance of a run, or None."""
-        with reading(self._engine) as connection:
-            return self._accepted(connection, run)
+        row = ask_one(self._engine, _ACCEPTED, of_run=run)
+        return None if row is None else _accepted_run(row, ask(self._engine, _KEYS, of_run=run))
 
     def accepted_runs(self) -> tuple[AcceptedRun, ...]:
         """Every accepted run, oldest first."""
-        with reading(self._engine) as connection:
-            rows = connection.execute(select(_runs.c.run).order_by(_runs.c.accepted_at, _runs.c.run)).scalars().all()
-            found = (self._accepted(connection, run) for run in rows)
-            return tuple(entry for entry in found if entry is not None)
+        rows = ask(self._engine, _ALL_ACCEPTED)
+        return tuple(_accepted_run(row, ask(self._engine, _KEYS, of_run=row.run)) for row in rows)
 
     def leave(self, run: bytes, *, at: str) -> None:
         """Withdraws an acceptance, which stays written: what was signed under it was signed. Left twice changes nothing."""
@@ -287,14 +311,13 @@ class Ledger:
 
     def left_at(self, run: bytes) -> str:
         """When this site left a run; empty where it did not, or takes part again."""
-        with reading(self._engine) as connection:
-            row = connection.execute(_LEFT, {"of_run": run}).one_or_none()
-            return row.at if row is not None and row.left else ""
+        row = ask_one(self._engine, _LEFT, of_run=run)
+        return row.at if row is not None and row.left else ""
 
     def _depart(self, run: bytes, *, left: bool, at: str) -> None:
         with self._engine.begin() as connection:
-            row = connection.execute(_LEFT, {"of_run": run}).one_or_none()
-            if (row is not None and row.left) is not left:
+            newest = select(_departures.c.left).where(_departures.c.run == run).order_by(_departures.c.id.desc()).limit(1)
+            if bool(connection.execute(newest).scalar_one_or_none()) is not left:
                 connection.execute(insert(_departures).values(run=run, left=left, at=at))
 
     def pin(self, name: str, key: bytes, *, pinned_at: str) -> None:
@@ -313,119 +336,91 @@ class Ledger:
 
     def last_round(self, run: bytes) -> RoundEntry | None:
         """The highest round of a run that this site began, or None."""
-        with reading(self._engine) as connection:
-            row = connection.execute(_LAST_ROUND, {"of_run": run}).one_or_none()
-            return None if row is None else _round_entry(row)
+        row = ask_one(self._engine, _LAST_ROUND, of_run=run)
+        return None if row is None else _round_entry(row)
 
     def round(self, run: bytes, round_: int) -> RoundEntry | None:
         """One round, or None if this site never began it."""
-        with reading(self._engine) as connection:
-            row = connection.execute(_ROUND, {"of_run": run, "of_round": round_}).one_or_none()
-            return None if row is None else _round_entry(row)
+        row = ask_one(self._engine, _ROUND, of_run=run, of_round=round_)
+        return None if row is None else _round_entry(row)
 
     def open_rounds(self) -> tuple[RoundEntry, ...]:
         """Every round that is neither closed nor abandoned; a restarted daemon continues or abandons them."""
-        with reading(self._engine) as connection:
-            rows = connection.execute(select(_rounds).where(_rounds.c.state == RoundState.OPEN.value)).all()
-            return tuple(_round_entry(row) for row in rows)
+        return tuple(_round_entry(row) for row in ask(self._engine, _OPEN_ROUNDS))
 
     def begin_round(self, entry: RoundEntry) -> None:
         """Fixes a round's terms at its first Start (R1); abandons the run's earlier round if it is still open."""
-        with self._engine.begin() as connection:
-            connection.execute(
-                update(_rounds)
-                .where(and_(_rounds.c.run == entry.run, _rounds.c.state == RoundState.OPEN.value))
-                .values(state=RoundState.ABANDONED.value, outcome=f"round {entry.round} began")
-            )
-            connection.execute(
-                insert(_rounds).values(
-                    run=entry.run,
-                    round=entry.round,
-                    kind=entry.kind,
-                    invited=" ".join(entry.invited),
-                    base_digest=entry.base_digest,
-                    encoding_digest=entry.encoding_digest,
-                    state=RoundState.OPEN.value,
-                    phase=int(Phase.BEGUN),
-                    attempt=0,
-                )
+        with writing(self._engine) as transaction:
+            transaction.run(_OVERTAKE, of_run=entry.run, why_abandoned=f"round {entry.round} began")
+            transaction.run(
+                _BEGIN,
+                run=entry.run,
+                round=entry.round,
+                kind=entry.kind,
+                invited=" ".join(entry.invited),
+                base_digest=entry.base_digest,
+                encoding_digest=entry.encoding_digest,
+                state=RoundState.OPEN.value,
+                phase=int(Phase.BEGUN),
+                attempt=0,
             )
 
     def reach(self, run: bytes, round_: int, phase: Phase) -> None:
         """Records that an open round came at least as far as `phase`; it never goes back here."""
-        with self._engine.begin() as connection:
-            connection.execute(
-                update(_rounds)
-                .where(and_(_is_round(run, round_), _rounds.c.state == RoundState.OPEN.value, _rounds.c.phase < int(phase)))
-                .values(phase=int(phase))
-            )
+        with writing(self._engine) as transaction:
+            transaction.run(_REACH, of_run=run, of_round=round_, to_phase=int(phase))
 
     def raise_attempt(self, run: bytes, round_: int, attempt: int) -> None:
         """Moves to a higher attempt: the earlier one's upload no longer counts, the trained update still does (R4)."""
-        with self._engine.begin() as connection:
-            entry = _round_entry(connection.execute(select(_rounds).where(_is_round(run, round_))).one())
+        with writing(self._engine) as transaction:
+            [row] = transaction.ask(_ROUND, of_run=run, of_round=round_)
+            entry = _round_entry(row)
             if attempt <= entry.attempt:
                 raise CosiloError("raise attempt", f"round {round_}: {attempt} is not above {entry.attempt}")
-            connection.execute(
-                update(_rounds)
-                .where(_is_round(run, round_))
-                .values(attempt=attempt, upload=None, phase=int(min(entry.phase, Phase.TRAINED)))
-            )
+            transaction.run(_RAISE, of_run=run, of_round=round_, to_attempt=attempt, to_phase=int(min(entry.phase, Phase.TRAINED)))
 
     def record_upload(self, entry: RoundEntry, message: bytes, *, cohort: bytes, counted: bool) -> None:
         """Writes a whole spool's signed statement and, if `counted`, one more round for its base model (R4, R8)."""
-        with self._engine.begin() as connection:
-            connection.execute(
-                update(_rounds).where(_is_round(entry.run, entry.round)).values(upload=message, phase=int(max(entry.phase, Phase.SPOOLED)))
-            )
+        with writing(self._engine) as transaction:
+            reached = int(max(entry.phase, Phase.SPOOLED))
+            transaction.run(_SPOOLED, of_run=entry.run, of_round=entry.round, statement=message, to_phase=reached)
             if counted:
-                row = {"base_digest": entry.base_digest, "run": entry.run, "round": entry.round, "cohort": cohort}
-                connection.execute(upsert(_uploads).values(row).on_conflict_do_nothing())
+                transaction.run(_COUNT_UPLOAD, base_digest=entry.base_digest, run=entry.run, round=entry.round, cohort=cohort)
 
     def finish_round(self, run: bytes, round_: int, state: RoundState, outcome: str) -> None:
         """Closes or abandons an open round, once; `outcome` is the reason, for people."""
-        with self._engine.begin() as connection:
-            connection.execute(
-                update(_rounds)
-                .where(and_(_is_round(run, round_), _rounds.c.state == RoundState.OPEN.value))
-                .values(state=state.value, outcome=outcome)
-            )
+        with writing(self._engine) as transaction:
+            transaction.run(_FINISH, of_run=run, of_round=round_, to_state=state.value, why_ended=outcome)
 
     # Consents (R5)
 
     def record_consent(self, run: bytes, round_: int, consent: ConsentEntry) -> None:
         """Writes the round's one consent. Raises CosiloError if there is one already."""
         try:
-            with self._engine.begin() as connection:
-                connection.execute(
-                    insert(_consents).values(
-                        run=run,
-                        round=round_,
-                        attempt=consent.attempt,
-                        survivors=" ".join(consent.survivors),
-                        survives=consent.survives,
-                        message=consent.message,
-                    )
+            with writing(self._engine) as transaction:
+                transaction.run(
+                    _RECORD_CONSENT,
+                    run=run,
+                    round=round_,
+                    attempt=consent.attempt,
+                    survivors=" ".join(consent.survivors),
+                    survives=consent.survives,
+                    message=consent.message,
                 )
-                connection.execute(update(_rounds).where(_is_round(run, round_)).values(phase=int(Phase.CONSENTED)))
+                transaction.run(_SET_PHASE, of_run=run, of_round=round_, to_phase=int(Phase.CONSENTED))
         except IntegrityError:
             raise CosiloError("consent", f"round {round_}: this site has consented already") from None
 
     def consent(self, run: bytes, round_: int) -> ConsentEntry | None:
         """The round's one consent, or None."""
-        with reading(self._engine) as connection:
-            row = connection.execute(_CONSENT, {"of_run": run, "of_round": round_}).one_or_none()
-            if row is None:
-                return None
-            return ConsentEntry(row.attempt, tuple(row.survivors.split()), bool(row.survives), bytes(row.message))
+        row = ask_one(self._engine, _CONSENT, of_run=run, of_round=round_)
+        return None if row is None else ConsentEntry(row.attempt, tuple(row.survivors.split()), bool(row.survives), row.message)
 
     # Rounds for a base model (R8)
 
     def model_uploads(self, base_digest: bytes) -> tuple[ModelUpload, ...]:
         """The rounds, across all runs, in which this site signed an upload trained from a base model."""
-        with reading(self._engine) as connection:
-            rows = connection.execute(_UPLOADED_FOR, {"of_base": base_digest}).all()
-            return tuple(ModelUpload(bytes(row.run), row.round, bytes(row.cohort)) for row in rows)
+        return tuple(ModelUpload(row.run, row.round, row.cohort) for row in ask(self._engine, _UPLOADED_FOR, of_base=base_digest))
 
     def upload_count(self, run: bytes) -> int:
         """In how many rounds of a run this site signed an upload that is not a rehearsal's."""
@@ -447,40 +442,32 @@ class Ledger:
 
     def permitted_rounds(self, base_digest: bytes) -> int:
         """What a person allowed for a base model; 0 where nobody was asked."""
-        with reading(self._engine) as connection:
-            return connection.execute(_PERMITTED_FOR, {"of_base": base_digest}).scalar_one_or_none() or 0
-
-    @staticmethod
-    def _accepted(connection: Connection, run: bytes) -> AcceptedRun | None:
-        row = connection.execute(select(_runs).where(_runs.c.run == run)).one_or_none()
-        if row is None:
-            return None
-        keys = connection.execute(select(_run_keys.c.name, _run_keys.c.key).where(_run_keys.c.run == run)).all()
-        return AcceptedRun(
-            run=bytes(row.run),
-            manifest=bytes(row.manifest),
-            signature=bytes(row.signature),
-            participants=MappingProxyType({name: bytes(key) for name, key in keys}),
-            accepted_at=row.accepted_at,
-            accepted_by=row.accepted_by,
-        )
+        row = ask_one(self._engine, _PERMITTED_FOR, of_base=base_digest)
+        return 0 if row is None else row.rounds
 
 
-def _is_round(run: bytes, round_: int) -> Any:
-    return and_(_rounds.c.run == run, _rounds.c.round == round_)
+def _accepted_run(row: Any, keys: Iterable[Any]) -> AcceptedRun:
+    return AcceptedRun(
+        run=row.run,
+        manifest=row.manifest,
+        signature=row.signature,
+        participants=MappingProxyType(dict(keys)),
+        accepted_at=row.accepted_at,
+        accepted_by=row.accepted_by,
+    )
 
 
-def _round_entry(row: Row[Any]) -> RoundEntry:
+def _round_entry(row: Any) -> RoundEntry:
     return RoundEntry(
-        run=bytes(row.run),
+        run=row.run,
         round=row.round,
         kind=row.kind,
         invited=tuple(row.invited.split()),
-        base_digest=bytes(row.base_digest),
-        encoding_digest=bytes(row.encoding_digest),
+        base_digest=row.base_digest,
+        encoding_digest=row.encoding_digest,
         state=RoundState(row.state),
         phase=Phase(row.phase),
         attempt=row.attempt,
-        upload=None if row.upload is None else bytes(row.upload),
+        upload=row.upload,
         outcome=row.outcome,
     )

@@ -30,7 +30,7 @@ def least_f_by_default(participants: int) -> int:
 class RunTerms:
     """What an accepted manifest fixes for every round.
 
-    run: 32 bytes; participants: Ed25519 public keys by name; encoding: the manifest's bounds; values: d; losses: loss
+    run: 32 bytes; participants: Ed25519 public keys by name; encoding: the manifest's bounds; values: those that are summed; losses: loss
     words; least_f: the site's policy, None for the default. Raises ProtocolViolation("R1") where f is less than the
     site accepts.
     """
@@ -66,7 +66,7 @@ class RunTerms:
             rounds_max=manifest.rounds_max,
             max_rounds_per_model=min(manifest.max_rounds_per_model, rounds_per_model),
             encoding=manifest.encoding,
-            values=manifest.tensor_table.size,
+            values=manifest.split.summed_size,
             losses=manifest.loss_words,
             secure=manifest.secure,
             least_f=least_f,

@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from cosilo_client.coordinator import Coordinator
 from cosilo_client.data import DataConfig
 from cosilo_client.journal import Journal, TrainedUpdate
 from cosilo_client.ledger import Phase as Reached
+from cosilo_client.ledger import RoundState
 from cosilo_client.metrics import SiteMetrics
 from cosilo_client.owed import Activity, Owed, Progress
 from cosilo_client.spending import Spending
@@ -87,7 +88,7 @@ class Training:
         await in_thread(self._journal.ledger.reach, owed.run, owed.round, Reached.FETCHED)
         if owed.kind is RoundKind.REHEARSAL:
             return
-        result = await self._timed(owed, self._job(owed, manifest, weights))
+        result = await self._timed(owed, await self._job(owed, manifest, weights))
         losses = (*result.heldout_losses, result.train_loss)
         if len(losses) != manifest.loss_words or not all(map(math.isfinite, losses)):
             raise TrainerFailed(FailureCode.NON_FINITE, f"{owed.label}: its losses cannot be reported", "ask for a lower learning rate")
@@ -143,8 +144,8 @@ class Training:
         self._metrics.gpu_memory(result.gpu_memory_bytes)
         return result
 
-    def _job(self, owed: Owed, manifest: Manifest, weights: Path) -> Job:
-        common = {
+    async def _job(self, owed: Owed, manifest: Manifest, weights: Path) -> Job:
+        common: dict[str, Any] = {
             "weights": weights,
             "architecture": manifest.architecture,
             "schedule": manifest.schedule,
@@ -152,10 +153,20 @@ class Training:
             "data": self._data,
             "threads": self._threads,
         }
+        if manifest.split.kept_table is not None:
+            counts = self._summed if manifest.training.control_variates else None
+            common["personal"] = await in_thread(self._journal.personal.newest_before, owed.run, owed.round, counts)
         if owed.kind is RoundKind.STATISTICS:
             return EvaluateJob.model_validate(common)
         seed = site_seed(owed.round, self._name, manifest.training.seed)
+        if manifest.split.kept_table is not None:
+            common["keep_personal"] = await in_thread(self._journal.personal.place, owed.run, owed.round, common["personal"])
         return TrainJob.model_validate(common | {"update": self._journal.files(owed.run).update, "seed": seed})
+
+    def _summed(self, run: bytes, round_: int) -> bool:
+        """Whether this site's part of a round is in the sum that was opened: its control variate is then what the others' mean includes."""
+        entry, consent = self._journal.ledger.round(run, round_), self._journal.ledger.consent(run, round_)
+        return entry is not None and entry.state is RoundState.CLOSED and (consent is None or consent.survives)
 
     def _reporter(self, owed: Owed, activity: Activity, total_bytes: int) -> Callable[[int], None]:
         return reporter(self._coordinator, owed, activity, total_bytes)
@@ -173,6 +184,6 @@ def reporter(coordinator: Coordinator, owed: Owed, activity: Activity, total_byt
 
 
 def needed_bytes(owed: Owed, manifest: Manifest, encoding: Encoding) -> int:
-    """Free bytes that a round takes at most beside its weights: the update and the upload."""
-    update = 4 * manifest.tensor_table.size if owed.kind is RoundKind.TRAIN else 0
+    """Free bytes that a round takes at most beside its weights: the update, with what of it stays here, and the upload."""
+    update = 4 * manifest.split.base_table.size if owed.kind is RoundKind.TRAIN else 0
     return update + encoding.wire_bytes + SPACE_MARGIN_BYTES

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Final, Self
 
 import grpc
 import grpc.aio
 
 from cosilo_client.coordinator import OnBytes, Refused, SignedRun, Unreachable, UploadHeader
-from cosilo_client.threads import in_thread
-from cosilo_client.wire import chunk_from, frame_chunk
+from cosilo_client.wire import chunk_from
+from cosilo_common.chunk_flow import WriteBehind, frames_from
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.proxy import Proxy
 from cosilo_common.identity.tls import TlsFiles, federation_channel
@@ -82,7 +82,7 @@ class Transport:
         Raises Unreachable, with what arrived kept in the sink; Refused; CosiloError where sizes disagree.
         """
         call = self._get(site_pb2.GetArtifactRequest(digest=digest, offset=sink.offset))
-        async with self._ending(call, "fetch weights"):
+        async with self._ending(call, "fetch weights"), WriteBehind(sink) as writing:
             while True:
                 async with asyncio.timeout(self._stall_s):
                     message = await call.read()
@@ -96,8 +96,10 @@ class Transport:
                         "tell the coordinator's admin",
                     )
                 if data:
-                    await in_thread(sink.append, sink.offset, data)
+                    await writing.append(data)
                     on_bytes(sink.offset)
+            await writing.settle()
+            on_bytes(sink.offset)
             if not sink.complete:
                 raise Unreachable("fetch weights", f"the stream ended at {sink.offset} of {sink.size} bytes")
 
@@ -109,10 +111,11 @@ class Transport:
             await self._write(call, site_pb2.PutUpdateRequest(header=opening).SerializeToString())
             offset = (await self._answer(call, self._timeout_s)).resume_offset
             on_bytes(offset)
-            while chunk := await in_thread(source.chunk_at, offset):
-                await self._write(call, frame_chunk(chunk))
-                offset += len(chunk)
-                on_bytes(offset)
+            async with aclosing(frames_from(source, offset)) as frames:
+                async for message, count in frames:
+                    await self._write(call, message)
+                    offset += count
+                    on_bytes(offset)
             await call.done_writing()
             verdict = await self._answer(call, self._stall_s + source.size / VERDICT_BYTES_PER_S)
             if not verdict.stored:

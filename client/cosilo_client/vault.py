@@ -23,9 +23,9 @@ from sqlalchemy import Column, Engine, Integer, LargeBinary, String, Table, bind
 from cosilo_client.durable import make_folder, shred, write_durably
 from cosilo_client.ledger import tables
 from cosilo_common.canonical import lp, u64
-from cosilo_common.database import reading
 from cosilo_common.errors import CosiloError
 from cosilo_common.secagg.keys import Randomness
+from cosilo_common.statements import Statement, ask_one, writing
 
 KEY_BYTES: Final = 32
 NONCE_BYTES: Final = 12
@@ -43,10 +43,13 @@ _sealed = Table(
 )
 
 
-_ROW: Final = select(_sealed.c.keeps, _sealed.c.box).where(
-    *(column == bindparam(f"of_{column.name}") for column in (_sealed.c.run, _sealed.c.round, _sealed.c.attempt, _sealed.c.name))
+_ROW: Final = Statement(
+    select(_sealed.c.keeps, _sealed.c.box).where(
+        *(column == bindparam(f"of_{column.name}") for column in (_sealed.c.run, _sealed.c.round, _sealed.c.attempt, _sealed.c.name))
+    )
 )
-_OF_KEY: Final = delete(_sealed).where(_sealed.c.run == bindparam("of_run"), _sealed.c.keeps == bindparam("of_keeps"))
+_ADD: Final = Statement(insert(_sealed), ("run", "round", "attempt", "name", "keeps", "box"))
+_DELETE: Final = Statement(delete(_sealed).where(_sealed.c.run == bindparam("of_run"), _sealed.c.keeps == bindparam("of_keeps")))
 
 
 class Keeps(StrEnum):
@@ -95,8 +98,8 @@ class Vault:
             nonce = self._randomness.token_bytes(NONCE_BYTES)
             box = nonce + AESGCM(self._key(run, kept)).encrypt(nonce, secret, _associated(run, round_, attempt, name, kept))
             rows.append({"run": run, "round": round_, "attempt": attempt, "name": name, "keeps": kept.value, "box": box})
-        with self._engine.begin() as connection:
-            connection.execute(insert(_sealed), rows)
+        with writing(self._engine) as transaction:
+            transaction.run_many(_ADD, rows)
 
     def get(self, run: bytes, round_: int, attempt: int, name: str) -> bytes | None:
         """Opens one secret; None if it was never put, or is forgotten.
@@ -104,12 +107,10 @@ class Vault:
         Raises CosiloError where the row is there and its key is not (a folder put back in part): such a round cannot
         go on.
         """
-        with reading(self._engine) as connection:
-            wanted = {"of_run": run, "of_round": round_, "of_attempt": attempt, "of_name": name}
-            row = connection.execute(_ROW, wanted).one_or_none()
+        row = ask_one(self._engine, _ROW, of_run=run, of_round=round_, of_attempt=attempt, of_name=name)
         if row is None:
             return None
-        kept, box = Keeps(row.keeps), bytes(row.box)
+        kept, box = Keeps(row.keeps), row.box
         try:
             return AESGCM(self._key(run, kept)).decrypt(box[:NONCE_BYTES], box[NONCE_BYTES:], _associated(run, round_, attempt, name, kept))
         except InvalidTag:
@@ -128,8 +129,8 @@ class Vault:
             self._delete(run, keeps)
 
     def _delete(self, run: bytes, keeps: Keeps) -> None:
-        with self._engine.begin() as connection:
-            connection.execute(_OF_KEY, {"of_run": run, "of_keeps": keeps.value})
+        with writing(self._engine) as transaction:
+            transaction.run(_DELETE, of_run=run, of_keeps=keeps.value)
 
     def _key(self, run: bytes, keeps: Keeps) -> bytes:
         path = self.key_path(run, keeps)

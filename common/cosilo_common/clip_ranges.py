@@ -26,14 +26,15 @@ CLIP_RATIO_MIN: Final = 2.0**-20  # of the manifest's clip: half of b's 24 bits 
 def round_encoding(manifest: Manifest, kind: RoundKind, peaks: Sequence[float] = ()) -> Encoding:
     """How a round's vectors are encoded.
 
-    A statistics round has no values. b = 32: the whole vector under the manifest's clip. b = 24: a section a tensor, its clip from
-    `peaks`, each tensor's largest change in the run's last closed training round; without any, the manifest's.
+    A statistics round has no values. b = 32: the whole vector under the manifest's clip, and again for control variates. b = 24: a
+    section a tensor, its clip from `peaks`, each tensor's largest change in the run's last closed training round; without any, the
+    manifest's.
     """
-    terms, table = manifest.encoding, manifest.tensor_table
+    terms, table = manifest.encoding, manifest.shared_table
     if kind is RoundKind.STATISTICS:
         sections: tuple[Section, ...] = ()
     elif terms.bits == 32:
-        sections = (Section(table.size, terms.clip),)
+        sections = (Section(table.size, terms.clip),) * (2 if manifest.training.control_variates else 1)
     else:
         sections = sections_of(table, clips_after(peaks, terms.clip) if peaks else (terms.clip,) * len(table.entries))
     return Encoding(

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cosilo_common.canonical import canonical_json, lp, sha256
+from cosilo_common.diffusion.parts import Split, split_of
 from cosilo_common.diffusion.specification import Architecture, Sampling, Schedule, Training, check_fits
 from cosilo_common.errors import CosiloError
 from cosilo_common.weights import TensorTable
@@ -80,6 +81,16 @@ class Deadlines(_Plain):
     revealing_s: Seconds = 120.0
 
 
+class CardTerms(_Plain):
+    """What the model card of an exported checkpoint may say. license: as model hubs list them, such as cc-by-4.0; empty for none.
+
+    name_participants: by their names rather than their number; sites see it before they accept.
+    """
+
+    license: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.+-]{0,64}$")] = ""
+    name_participants: bool = False
+
+
 class Manifest(_Plain):
     """One run, whole.
 
@@ -107,6 +118,7 @@ class Manifest(_Plain):
     rounds_max: int = Field(default=1000, ge=1, le=ROUNDS_MAX)
     max_rounds_per_model: int = Field(default=2, ge=1, le=100)
     deadlines: Deadlines = Deadlines()
+    card: CardTerms = CardTerms()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -125,7 +137,9 @@ class Manifest(_Plain):
         if len(names) * self.encoding.cap > (1 << (self.encoding.bits - 1)) - 1:
             raise ValueError(f"encoding: {len(names)} participants times cap {self.encoding.cap} do not fit {self.encoding.bits} bits")
         check_fits(self.architecture, self.schedule, self.training, self.sampling)
-        self.tensor_table  # noqa: B018 - building it checks names, shapes and order
+        self.split.base_table  # noqa: B018 - building it checks names, shapes and order, and that something is left to sum
+        if self.training.control_variates and self.encoding.bits == 24:
+            raise ValueError("control_variates need encoding.bits = 32: b = 24 lives on clip ranges that follow each tensor's own changes")
         return self
 
     @property
@@ -140,8 +154,18 @@ class Manifest(_Plain):
 
     @property
     def tensor_table(self) -> TensorTable:
-        """The order in which weights and updates are one float32 vector."""
+        """The order in which weights are one float32 vector."""
         return TensorTable(self.tensors)
+
+    @property
+    def split(self) -> Split:
+        """Which tensors are summed, and which stay at the sites (`Training.personal`)."""
+        return split_of(self.tensor_table, self.architecture, self.training.personal, self.training.control_variates)
+
+    @property
+    def shared_table(self) -> TensorTable:
+        """The tensors that are summed: the order in which an update is one float32 vector."""
+        return self.split.shared_table
 
     @property
     def loss_words(self) -> int:

@@ -125,6 +125,10 @@ class FileSink:
         """All declared bytes are here; only `finish` says whether they are the right ones."""
         return self.offset == self.size
 
+    def takes(self, count: int) -> bool:
+        """Whether a chunk of so many bytes may come next, going by its length alone."""
+        return 0 < count <= min(CHUNK_BYTES, self.size - self.offset)
+
     def append(self, offset: int, chunk: bytes | memoryview) -> None:
         """Store the bytes that begin at `offset`, which must be the sink's own offset.
 

@@ -281,7 +281,7 @@ class WeightsWriter:
             raise self._os_error(error) from None
 
     def _cover(self, start: int, stop: int) -> None:
-        # A pass writes at most three runs side by side, so this stays a handful of entries.
+        # A pass writes at most three runs side by side, so this stays a handful of entries, or one a tensor that a step leaves out.
         if any(start < end and begin < stop for begin, end in self._covered.items()):
             raise self._error(f"elements {start} to {stop} were already written")
         if stop in self._covered:

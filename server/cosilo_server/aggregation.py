@@ -9,6 +9,7 @@ Every call blocks: callers on an event loop use a thread.
 import hashlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,9 +18,10 @@ import numpy as np
 
 from cosilo_common.canonical import u64
 from cosilo_common.clip_ranges import TensorPeaks
+from cosilo_common.diffusion.parts import Split
 from cosilo_common.encoding import Encoding, OpenedTail, SumRefused, Words
 from cosilo_common.errors import CosiloError
-from cosilo_common.manifest import ServerOptimiserTerms
+from cosilo_common.manifest import Manifest, ServerOptimiserTerms
 from cosilo_common.transfer import require_free_bytes
 from cosilo_common.weights import BLOCK_WORDS, TensorTable, Vector, WeightsWriter, open_vector
 from cosilo_server.artifacts import Artifacts
@@ -61,7 +63,8 @@ class Aggregate:
     """What a closed round gives.
 
     tail: the verified one; sum_digest: hex SHA-256 of the opened value words (4 bytes each, little endian), the total
-    weight and the count of contributors (8 bytes each, big endian); update_norm: Euclidean norm of the mean update,
+    weight and the count of contributors (8 bytes each, big endian), empty for a rehearsal, whose values are known: all are
+    zero; update_norm: Euclidean norm of the mean update,
     before the server's learning rate; tensor_peaks: the largest absolute value of the mean update in each tensor, where
     b = 24, else none.
     """
@@ -75,25 +78,51 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """One run's way from sums to checkpoints. ema_decay: 0 for none (the EMA is then the weights)."""
+    """One run's way from sums to checkpoints.
+
+    ema_decay: 0 for none (the EMA is then the weights). personal: names of the tensors that stay at the sites: no sum has them, no step
+    moves them, and every checkpoint has what the first one had. controlled: with SCAFFOLD's control variates: weights are then what sites
+    fetch, the model and c, and the model alone stands in the EMA's place, as its own average where ema_decay is 0.
+    """
 
     artifacts: Artifacts
     table: TensorTable
     encoding: Encoding
     optimiser: ServerOptimiserTerms
     ema_decay: float
+    personal: frozenset[str] = frozenset()
+    controlled: bool = False
+
+    @property
+    def split(self) -> Split:
+        """The model's vector in two: what sums step, and what stays."""
+        return Split(self.table, self.personal, self.controlled)
 
     def initial(self, weights: str) -> Checkpoint:
         """The checkpoint before the first round, from the digest of the untrained weights, which are also its EMA."""
         open_vector(self.artifacts.path(weights), self.table)
-        optimiser = ServerOptimiser(self.optimiser)
+        optimiser, shared = ServerOptimiser(self.optimiser), self.split.shared_table
         with self.artifacts.scratch() as path:
-            with WeightsWriter(path, state_table(self.table, optimiser.moments)) as writer:
+            with WeightsWriter(path, state_table(shared, optimiser.moments)) as writer:
                 writer.append(np.zeros(1, np.float32))
                 for value in optimiser.initial_moments:
-                    for start in range(0, self.table.size, BLOCK_WORDS):
-                        writer.append(np.full(min(BLOCK_WORDS, self.table.size - start), value, np.float32))
-            return Checkpoint(weights, weights, self.artifacts.put_file(path))
+                    for start in range(0, shared.size, BLOCK_WORDS):
+                        writer.append(np.full(min(BLOCK_WORDS, shared.size - start), value, np.float32))
+            return Checkpoint(self._fetched(weights), weights, self.artifacts.put_file(path))
+
+    def _fetched(self, weights: str) -> str:
+        """What sites fetch first: the untrained weights, with control variates of zero where there are any."""
+        split = self.split
+        if not split.controlled:
+            return weights
+        vector = open_vector(self.artifacts.path(weights), self.table)
+        with self.artifacts.scratch() as path:
+            with WeightsWriter(path, split.base_table) as writer:
+                for start in range(0, self.table.size, BLOCK_WORDS):
+                    writer.append(np.array(vector[start : start + BLOCK_WORDS]))
+                for start in range(0, split.shared_table.size, BLOCK_WORDS):
+                    writer.append(np.zeros(min(BLOCK_WORDS, split.shared_table.size - start), np.float32))
+            return self.artifacts.put_file(path)
 
     def train(self, base: Checkpoint, opening: Opening) -> Aggregate:
         """Step the model by the mean update.
@@ -103,15 +132,15 @@ class Aggregation:
         opening.
         """
         self._require_fit()
-        require_free_bytes(self.artifacts.root, _WORD_BYTES * (4 * self.table.size + BLOCK_WORDS))
+        require_free_bytes(self.artifacts.root, _WORD_BYTES * ((5 if self.controlled else 4) * self.table.size + BLOCK_WORDS))
         with ExitStack() as files:
-            step = _Step(self, base, opening.provisional_tail().total_weight, files)
+            step = _Step(self, base, opening.provisional_tail(), files)
             hasher = hashlib.sha256()
             for start, words in opening:
                 hasher.update(_bytes(words))
                 step.block(start, words)
             tail = opening.tail
-            if tail.total_weight != step.total_weight:
+            if (tail.total_weight, tail.contributors) != (step.total_weight, step.contributors):
                 raise SumRefused(_STEP, "the total weight changed while the sum was opened", "start the round again")
             checkpoint = step.finish()
         return Aggregate(tail, _sum_digest(hasher, tail), checkpoint, step.norm, step.tensor_peaks)
@@ -121,29 +150,38 @@ class Aggregation:
         not.
         """
         self._require_fit()
-        hasher = hashlib.sha256()
         zero = True
         for _, words in opening:
-            hasher.update(_bytes(words))
             zero = zero and not words.any()
         if not zero:
             raise SumRefused("close the rehearsal", "its sum is not zero", "find out why before you train")
-        return Aggregate(opening.tail, _sum_digest(hasher, opening.tail), base, 0.0)
+        return Aggregate(opening.tail, "", base, 0.0)
 
     def _require_fit(self) -> None:
-        if self.encoding.size != self.table.size:
-            raise CosiloError(_STEP, f"the encoding has {self.encoding.size} values, the model {self.table.size}")
+        summed = self.split.summed_size
+        if self.encoding.size != summed:
+            raise CosiloError(_STEP, f"the encoding has {self.encoding.size} values, the model {summed}")
+
+
+def aggregation_of(manifest: Manifest, artifacts: Artifacts, encoding: Encoding) -> Aggregation:
+    """A run's way by its manifest."""
+    split = manifest.split
+    return Aggregation(artifacts, split.table, encoding, manifest.server_optimiser, manifest.ema_decay, split.personal, split.controlled)
 
 
 class _Step:
     """The next checkpoint in the making, one block after the other, in files that nobody sees."""
 
-    def __init__(self, run: Aggregation, base: Checkpoint, total_weight: int, files: ExitStack) -> None:
-        self.total_weight = total_weight
+    def __init__(self, run: Aggregation, base: Checkpoint, tail: OpenedTail, files: ExitStack) -> None:
+        self.total_weight, self.contributors = tail.total_weight, tail.contributors
         self._run = run
         self._optimiser = ServerOptimiser(run.optimiser)
-        states = state_table(run.table, self._optimiser.moments)
-        self._old_weights = open_vector(run.artifacts.path(base.weights), run.table)
+        split = run.split
+        self._size, self._runs = split.shared_table.size, SharedRuns(split)
+        states = state_table(split.shared_table, self._optimiser.moments)
+        fetched = open_vector(run.artifacts.path(base.weights), split.base_table)
+        self._old_weights, self._old_control = fetched[: run.table.size], fetched[run.table.size :]
+        self._joining = self.contributors / run.encoding.participants
         self._old_ema = open_vector(run.artifacts.path(base.ema), run.table)
         self._old_state = open_vector(run.artifacts.path(base.optimiser), states)
         steps = int(self._old_state[0])
@@ -153,13 +191,19 @@ class _Step:
         self._paths = [files.enter_context(run.artifacts.scratch()) for _ in range(3)]
         self._writers = files.enter_context(ExitStack())
         weights_path, ema_path, state_path = self._paths
-        self._weights = self._writers.enter_context(WeightsWriter(weights_path, run.table))
-        self._ema = self._writers.enter_context(WeightsWriter(ema_path, run.table)) if run.ema_decay else None
+        self._weights = self._writers.enter_context(WeightsWriter(weights_path, split.base_table))
+        self._ema = self._writers.enter_context(WeightsWriter(ema_path, run.table)) if run.ema_decay or run.controlled else None
         self._state = self._writers.enter_context(WeightsWriter(state_path, states))
         self._state.put(0, np.array([steps + 1], np.float32))
         self._mean = np.empty(BLOCK_WORDS, np.float32)
         self._squares = 0.0
-        self._peaks = TensorPeaks(run.table) if run.encoding.bits == 24 else None
+        self._peaks = TensorPeaks(split.shared_table) if run.encoding.bits == 24 else None
+        for place in split.personal_runs:  # what no sum moves is carried over first, and the steps fill the rest
+            for start in range(place.start, place.stop, BLOCK_WORDS):
+                stop = min(start + BLOCK_WORDS, place.stop)
+                self._weights.put(start, np.array(self._old_weights[start:stop]))
+                if self._ema is not None:
+                    self._ema.put(start, np.array(self._old_ema[start:stop]))
 
     @property
     def norm(self) -> float:
@@ -170,33 +214,78 @@ class _Step:
         return () if self._peaks is None else self._peaks.peaks
 
     def block(self, start: int, words: Words) -> None:
-        """Step the elements start .. start + n by the sum's words, uint32 (n,)."""
+        """Step the summed elements start .. start + n by the sum's words, uint32 (n,)."""
         stop = start + words.size
+        if stop > self._size:  # the update ends within these words, and the control variates' changes begin
+            inside = max(0, self._size - start)
+            self._control(start + inside, words[inside:])
+            words, stop = words[:inside], start + inside
+        if not words.size:
+            return
         mean = self._mean[: words.size]
         self._run.encoding.dequantise(words, start, self.total_weight, mean)
         self._squares += _sum_of_squares(mean)
         if self._peaks is not None:
             self._peaks.note(start, mean)
-        weights = np.array(self._old_weights[start:stop])
-        places = [1 + k * self._run.table.size for k in range(len(self._optimiser.moments))]
+        weights = self._runs.take(self._old_weights, start, stop)
+        places = [1 + k * self._size for k in range(len(self._optimiser.moments))]
         moments = tuple(np.array(self._old_state[place + start : place + stop]) for place in places)
         with np.errstate(over="ignore", invalid="ignore"):  # the writers refuse what is not finite
             self._optimiser.step(mean, weights, moments)
-        self._weights.put(start, weights)
+        self._runs.put(self._weights, start, weights)
         for place, moment in zip(places, moments, strict=True):
             self._state.put(place + start, moment)
         if self._ema is not None:
-            average = np.array(self._old_ema[start:stop])
-            step_ema(average, weights, self._decay)
-            self._ema.put(start, average)
+            average = self._runs.take(self._old_ema, start, stop) if self._run.ema_decay else weights
+            if self._run.ema_decay:
+                step_ema(average, weights, self._decay)
+            self._runs.put(self._ema, start, average)
+
+    def _control(self, start: int, words: Words) -> None:
+        """c += |S| / N mean(c_i' - c_i) (arXiv 1910.06378, algorithm 1, line 17), the mean by images as that of the weights is."""
+        mean = np.empty(words.size, np.float32)
+        self._run.encoding.dequantise(words, start, self.total_weight, mean)
+        at = start - self._size
+        mean *= np.float32(self._joining)
+        mean += self._old_control[at : at + words.size]
+        self._weights.put(self._run.table.size + at, mean)
 
     def finish(self) -> Checkpoint:
         """Put the files on disk and into the store; raises CosiloError where a block is missing."""
         self._writers.close()
         weights_path, ema_path, state_path = self._paths
-        put = self._run.artifacts.put_file
-        weights = put(weights_path)
-        return Checkpoint(weights, put(ema_path) if self._ema is not None else weights, put(state_path))
+        paths = [weights_path, state_path, *([ema_path] if self._ema is not None else [])]
+        with ThreadPoolExecutor(len(paths), thread_name_prefix="checkpoint") as pool:  # digests and fsyncs of three files, side by side
+            weights, state, *ema = pool.map(self._run.artifacts.put_file, paths)
+        return Checkpoint(weights, ema[0] if ema else weights, state)
+
+
+class SharedRuns:
+    """The summed part of a model's vector as if it were one vector: element k of it is where the k-th summed element lies."""
+
+    def __init__(self, split: Split) -> None:
+        self._places = split.shared_runs
+        self._ends = np.cumsum([place.stop - place.start for place in self._places])
+
+    def take(self, whole: Vector, start: int, stop: int) -> Vector:
+        """A copy of the summed elements start .. stop of a model's vector."""
+        return np.concatenate([whole[part] for part in self._parts(start, stop)])
+
+    def put(self, writer: WeightsWriter, start: int, block: Vector) -> None:
+        """Writes the summed elements start .. start + n to their places."""
+        done = 0
+        for part in self._parts(start, start + block.size):
+            count = part.stop - part.start
+            writer.put(part.start, block[done : done + count])
+            done += count
+
+    def _parts(self, start: int, stop: int) -> Iterator[slice]:
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            place, end = self._places[index], int(self._ends[index])
+            shift = place.stop - end
+            yield slice(start + shift, min(stop, end) + shift)
+            start, index = end, index + 1
 
 
 def _sum_digest(hasher: "hashlib._Hash", tail: OpenedTail) -> str:

@@ -14,18 +14,21 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from cosilo_common.allocation import give_back
 from cosilo_common.encoding import Encoding, OpenedTail
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.masks import SignedMask
 from cosilo_common.secagg.messages import RoundKind
-from cosilo_server.aggregation import Aggregation, Checkpoint
+from cosilo_server.aggregation import Checkpoint, aggregation_of
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.rounds.state import Round
 from cosilo_server.secagg import SumOpening, reconstruct
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store, StoredCheckpoint
 from cosilo_server.verification import dealt_shares, reveals_of, roster_of
+
+OPENING_LANES = 3  # on two cores: with two, the one that has two of three uploads is waited for; each takes 4 MiB
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,11 @@ class RoundCloser:
                 for name in state.survivors
             }
             digests = {name: upload.digest for name in state.survivors if (upload := state.sites[name].upload) is not None}
-            opening = SumOpening(encoding, sources, digests, self._masks(manifest, state))
-            return self._apply(manifest, state, encoding, opening)
+            opening = SumOpening(encoding, sources, digests, self._masks(manifest, state), OPENING_LANES)
+            try:
+                return self._apply(manifest, state, encoding, opening)
+            finally:
+                give_back()  # what uploads and this pass left free: an idle coordinator is as small after a round as before it
 
     def _masks(self, manifest: Manifest, state: Round) -> tuple[SignedMask, ...]:
         if not manifest.secure:
@@ -97,7 +103,7 @@ class RoundCloser:
                 pass
             return _outcome(opening.tail, None), None
         base = self._base(state)
-        aggregation = Aggregation(self._artifacts, manifest.tensor_table, encoding, manifest.server_optimiser, manifest.ema_decay)
+        aggregation = aggregation_of(manifest, self._artifacts, encoding)
         if state.kind is RoundKind.REHEARSAL:
             tail = aggregation.rehearse(base, opening).tail
             note = f"the opened sum of {encoding.size} values is exactly zero"
@@ -108,7 +114,7 @@ class RoundCloser:
             run=state.run,
             round=state.number,
             weights=bytes.fromhex(made.weights),
-            ema=bytes.fromhex(made.ema) if manifest.ema_decay else b"",
+            ema=bytes.fromhex(made.ema) if manifest.ema_decay or manifest.training.control_variates else b"",
             optimiser=bytes.fromhex(made.optimiser),
             bytes=self._artifacts.size(made.weights),
             created_at=self._now(),

@@ -44,6 +44,7 @@ from cosilo_server.rounds.machine import begin, step
 from cosilo_server.rounds.state import DeclineCode, Round, Site
 from cosilo_server.spool import Spool
 from cosilo_server.store import Pause, Store, StoredCheckpoint, StoredRun, terms_of
+from cosilo_server.trace import RoundTrace
 
 log = structlog.get_logger(__name__)
 Answer = TypeVar("Answer")
@@ -69,6 +70,8 @@ class LiveRun:
     paused: Pause | None = None  # no round starts
     opened: tuple[RoundOutcome, StoredCheckpoint | None] | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    orders: int = 0  # given in this process
+    orders_done: int = -1  # how many had been given when none was found open; -1 while one may be
     reached: dict[str, int] = field(default_factory=dict)  # rounds that sites have begun and this store has not: it is a restored one
 
     @property
@@ -98,6 +101,7 @@ class Conductor:
         self._closer = closer
         self._metrics = metrics
         self._now = now or _steady_clock()
+        self.trace = RoundTrace(store.spans, self._now)
         self._runs: dict[bytes, LiveRun] = {}
         self._connected: dict[str, int] = {}
         self._watchers: dict[asyncio.Event, None] = {}  # in the order of their coming, so that a simulation replays
@@ -129,6 +133,7 @@ class Conductor:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._working, return_exceptions=True)
+        await asyncio.to_thread(self.trace.flush_all)
 
     async def adopt(self, stored: StoredRun) -> None:
         """Takes a run from the store under its conduct."""
@@ -200,6 +205,7 @@ class Conductor:
                 "ask for fewer, or create a run with a higher rounds_max",
             )
         await asyncio.to_thread(self._store.add_order, run, kind, rounds)
+        record.orders += 1
         record.not_before, record.note = 0.0, ""
         self.announce()
         await self._whole(self._start_next(record))
@@ -310,10 +316,11 @@ class Conductor:
         now = self._now()
         after, effects = step(before, event, now)
         if after is not before:
-            if _durable(after) != _durable(before):
+            if not _same_in_store(before, after):
                 await self._persist(record, before, after, event)
             record.round = after
             self._metrics.round_moved(record.run, before, after, now)
+            self.trace.moved(before, after, event, now)
             if after.phase is not before.phase or after.attempt != before.attempt:
                 log.info(
                     "round moved",
@@ -337,6 +344,8 @@ class Conductor:
                     self._spawn(self._open(record, after))
                 case EndRound():
                     await self._end(record, after)
+        if after.phase is not before.phase:
+            await asyncio.to_thread(self.trace.flush, record.run, after.number, over=after.ended)
         return refused
 
     async def _persist(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
@@ -409,7 +418,9 @@ class Conductor:
         async with record.lock:
             if record.paused is not None or (record.round is not None and not record.round.ended) or self._now() < record.not_before:
                 return
+            given = record.orders
             order = await asyncio.to_thread(self._store.open_order, record.run)
+            record.orders_done = given if order is None else -1
             if order is None:
                 return
             terms = terms_of(record.manifest)
@@ -458,8 +469,9 @@ class Conductor:
             for record in list(self._runs.values()):
                 try:
                     if record.round is not None and not record.round.ended:
-                        await self.handle(record.run, Tick())
-                    else:
+                        if step(record.round, Tick(), self._now()) != (record.round, ()):  # most ticks move nothing
+                            await self.handle(record.run, Tick())
+                    elif record.orders_done != record.orders:
                         await self._start_next(record)
                 except CosiloError as error:
                     if record.note != str(error):
@@ -495,6 +507,16 @@ class Conductor:
 def _durable(state: Round) -> Round:
     """The round without what a restart forgets."""
     return replace(state, sites={name: replace(site, **_TRANSIENT) for name, site in state.sites.items()})  # type: ignore[arg-type]  # Site's own fields
+
+
+def _same_in_store(before: Round, after: Round) -> bool:
+    """Whether a restart would find the same; most of what sites say moves one of them, and only what is not stored."""
+    if replace(after, sites=before.sites) != before:
+        return False
+    return all(
+        before.sites[name] is site or replace(before.sites[name], **_TRANSIENT) == replace(site, **_TRANSIENT)  # type: ignore[arg-type]  # Site's own fields
+        for name, site in after.sites.items()
+    )
 
 
 def _what(event: Event, before: Round, after: Round) -> str:

@@ -15,7 +15,7 @@ from cosilo_common.identity.names import Role
 from cosilo_common.manifest import Manifest, verify_manifest
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.transfer import require_free_bytes
-from cosilo_server.aggregation import Aggregation
+from cosilo_server.aggregation import aggregation_of
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.closing import untrained_checkpoint
 from cosilo_server.conductor import Conductor
@@ -110,9 +110,10 @@ class RunRegistry:
             await self._evaluation.initial_weights(manifest, path)
             weights = await asyncio.to_thread(self._artifacts.put_file, path)
         encoding = round_encoding(manifest, RoundKind.TRAIN)
-        aggregation = Aggregation(self._artifacts, manifest.tensor_table, encoding, manifest.server_optimiser, manifest.ema_decay)
+        aggregation = aggregation_of(manifest, self._artifacts, encoding)
         checkpoint = await asyncio.to_thread(aggregation.initial, weights)
-        first = untrained_checkpoint(run, checkpoint, self._artifacts.size(weights), bool(manifest.ema_decay), time.time())
+        apart = bool(manifest.ema_decay) or manifest.training.control_variates  # the model for people is not what sites fetch
+        first = untrained_checkpoint(run, checkpoint, self._artifacts.size(checkpoint.weights), apart, time.time())
         await asyncio.to_thread(self._store.add_run, run, data, signature, signer, first)
         stored = await asyncio.to_thread(self._store.run, run)
         assert stored is not None  # it was just added

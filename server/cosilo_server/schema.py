@@ -12,6 +12,7 @@ from sqlalchemy import (
     Connection,
     Float,
     ForeignKeyConstraint,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -146,6 +147,25 @@ events = Table(
     Column("attempt", Integer, nullable=False),
 )
 
+# How long what took in each round, for `cosilo round trace` (spans.py); never replayed. How many a round may have is trace.py's to bound.
+spans = Table(
+    "spans",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("run", LargeBinary, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("party", String(63), nullable=False),  # "" is the coordinator
+    Column("lane", String(16), nullable=False),
+    Column("what", String(32), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("began_at", Float, nullable=False),
+    Column("ended_at", Float, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("pieces", Integer, nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Index("spans_of_round", "run", "number"),
+)
+
 checkpoints = Table(
     "checkpoints",
     metadata,
@@ -230,7 +250,7 @@ certificates_seen = Table(
 
 def _from_version_1(db: Connection) -> None:
     certificates_seen.create(db)
-    for table in (grids, wrong_tries, kept_checkpoints, retired_checkpoints, paused_runs, left_sites):
+    for table in (grids, wrong_tries, kept_checkpoints, retired_checkpoints, paused_runs, left_sites, spans):
         table.create(db)
 
 

@@ -112,11 +112,12 @@ class Shelf:
 
     def trim(self, run: bytes, *, traced_rounds: int, grids: int) -> None:
         """Forgets the traces of all but the newest rounds, and all but the newest grids, of a run."""
-        e, g, r = schema.events.c, schema.grids.c, schema.rounds.c
+        g, r = schema.grids.c, schema.rounds.c
         with self._engine.begin() as db:
             last = db.execute(select(func.max(r.number)).where(r.run == run)).scalar_one()
             if last is not None:
-                db.execute(delete(schema.events).where(e.run == run, e.number <= last - traced_rounds))
+                for table in (schema.events, schema.spans):
+                    db.execute(delete(table).where(table.c.run == run, table.c.number <= last - traced_rounds))
             oldest = select(g.created_at).where(g.run == run).order_by(g.created_at.desc()).offset(grids - 1).limit(1)
             if (since := db.execute(oldest).scalar_one_or_none()) is not None:
                 db.execute(delete(schema.grids).where(g.run == run, g.created_at < since))

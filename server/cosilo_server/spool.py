@@ -5,8 +5,11 @@ moment; until then it is a partial beside it (cosilo_common.transfer). Must not 
 round is over. Every call may block on the disk: callers on an event loop use a thread.
 """
 
+import errno
 import shutil
+import threading
 from pathlib import Path
+from typing import Final
 
 from cosilo_common.canonical import SITE_NAME
 from cosilo_common.errors import CosiloError
@@ -14,6 +17,8 @@ from cosilo_common.transfer import FileSink, is_digest, partial_path, partials, 
 
 ROUND_MAX = 1 << 32
 """Above any manifest's count of rounds; keeps a folder's name short."""
+
+_REMOVALS_MAX: Final = 8  # at each, one upload that was just ending can have been renamed under the removal's hands
 
 
 class Spool:
@@ -27,6 +32,8 @@ class Spool:
     def __init__(self, root: Path, free_bytes_min: int = 0) -> None:
         self._root = root
         self._free_bytes_min = free_bytes_min
+        self._over: dict[str, int] = {}  # by run, the highest round whose uploads were discarded: none begins there any more
+        self._opening = threading.Lock()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property
@@ -37,13 +44,16 @@ class Spool:
     def receive(self, run: str, round_number: int, site: str, size: int, digest: str) -> FileSink:
         """Begin an upload, or go on with it where the last one with the same digest ended.
 
-        size: declared bytes. Raises CosiloError where the disk has no room for the rest of them, TransferError where
-        the same upload is being received already.
+        size: declared bytes. Raises CosiloError where the disk has no room for the rest of them or the round's uploads were
+        discarded, TransferError where the same upload is being received already.
         """
         path = self.path(run, round_number, site)
-        for folder in (path.parent.parent, path.parent):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        sink = FileSink(path, size, digest)
+        with self._opening:  # a thread that comes late would make the folder of a round that is over, and nobody removes it
+            if round_number <= self._over.get(run, -1):
+                raise CosiloError("open spool", f"round {round_number} of run {run[:12]} is over", "wait for an assignment")
+            for folder in (path.parent.parent, path.parent):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            sink = FileSink(path, size, digest)
         try:
             self.require_room(size - sink.offset)
         except CosiloError:
@@ -86,8 +96,11 @@ class Spool:
                 file.unlink(missing_ok=True)
 
     def discard_round(self, run: str, round_number: int) -> None:
-        """Remove a round's uploads; none there is no error."""
-        _remove(self._round_folder(run, round_number))
+        """Remove a round's uploads, and take none for it or an earlier one any more; none there is no error."""
+        folder = self._round_folder(run, round_number)
+        with self._opening:
+            self._over[run] = max(round_number, self._over.get(run, -1))
+            _remove(folder)
 
     def discard_run(self, run: str) -> None:
         """Remove all uploads of a run; none there is no error."""
@@ -115,5 +128,12 @@ class Spool:
 
 
 def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    for _ in range(_REMOVALS_MAX):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
+        if not folder.is_dir():
+            return
+    raise CosiloError("discard spool", f"{folder}: its files change while they are removed", "restart the coordinator")

@@ -10,19 +10,21 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delete, func, select, update
+from sqlalchemy import ColumnElement, RowMapping, Table, bindparam, case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from cosilo_common.database import forget_deleted, open_database, prepare_schema, reading
 from cosilo_common.manifest import Manifest, parse_manifest
 from cosilo_common.secagg.messages import RoundKind
+from cosilo_common.statements import Statement, Transaction, ask, ask_one, writing
 from cosilo_server import schema
 from cosilo_server.rounds.record import dump, load
 from cosilo_server.rounds.state import ENDED, Deadlines, Round, Terms
 from cosilo_server.shelf import Shelf
 from cosilo_server.snapshot import snapshot
+from cosilo_server.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,71 @@ _RUNS = select(schema.runs, schema.paused_runs.c.admin.label("pause_admin"), sch
 )
 
 
+# What every step of a round asks and writes, made once: building such a statement takes longer than running it.
+_RUN: Final = Statement(_RUNS.where(schema.runs.c.run == bindparam("of_run")))
+_OPEN_ORDER: Final = Statement(
+    select(schema.orders)
+    .where(schema.orders.c.run == bindparam("of_run"), schema.orders.c.cancelled == 0, schema.orders.c.closed < schema.orders.c.wanted)
+    .order_by(schema.orders.c.id)
+    .limit(1)
+)
+_BEGIN_ROUND: Final = Statement(
+    insert(schema.rounds), ("run", "number", "kind", "started_at", "state", "phase", "bytes_down", "bytes_up", "outcome")
+)
+_SAVE_ROUND: Final = Statement(
+    update(schema.rounds)
+    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
+    .values(state=bindparam("to_state"), phase=bindparam("to_phase"))
+)
+_ADD_MESSAGE: Final = Statement(insert(schema.messages).on_conflict_do_nothing(), ("run", "number", "digest", "message"))
+_DROP_MESSAGES: Final = Statement(
+    delete(schema.messages).where(schema.messages.c.run == bindparam("of_run"), schema.messages.c.number == bindparam("of_number"))
+)
+_ADD_EVENT: Final = Statement(insert(schema.events), ("run", "number", "at", "what", "site", "phase", "attempt"))
+_CLOSE_ROUND: Final = Statement(
+    update(schema.rounds)
+    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
+    .values(state=bindparam("to_state"), phase=bindparam("to_phase"), outcome=bindparam("to_outcome"))
+)
+_ADD_CHECKPOINT: Final = Statement(insert(schema.checkpoints), ("run", "round", "weights", "ema", "optimiser", "bytes", "created_at"))
+_COUNT_CLOSED: Final = Statement(
+    update(schema.orders)
+    .where(
+        schema.orders.c.id
+        == select(func.min(schema.orders.c.id))
+        .where(
+            schema.orders.c.run == bindparam("of_run"),
+            schema.orders.c.kind == bindparam("of_kind"),
+            schema.orders.c.cancelled == 0,
+            schema.orders.c.closed < schema.orders.c.wanted,
+        )
+        .scalar_subquery()
+    )
+    .values(closed=schema.orders.c.closed + 1)
+)
+_ADD_BYTES: Final = Statement(
+    update(schema.rounds)
+    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
+    .values(bytes_down=schema.rounds.c.bytes_down + bindparam("down"), bytes_up=schema.rounds.c.bytes_up + bindparam("up"))
+)
+_LAST_OUTCOME: Final = Statement(
+    select(schema.rounds.c.outcome)
+    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.kind == RoundKind.TRAIN, schema.rounds.c.phase == "closed")
+    .order_by(schema.rounds.c.number.desc())
+    .limit(1)
+)
+_NEWEST_CHECKPOINT: Final = Statement(
+    select(schema.checkpoints).where(schema.checkpoints.c.run == bindparam("of_run")).order_by(schema.checkpoints.c.round.desc()).limit(1)
+)
+_CHECKPOINT_OF: Final = Statement(
+    select(schema.checkpoints).where(
+        (schema.checkpoints.c.weights == bindparam("of_digest"))
+        | (schema.checkpoints.c.ema == bindparam("of_digest"))
+        | (schema.checkpoints.c.optimiser == bindparam("of_digest"))
+    )
+)
+
+
 def terms_of(manifest: Manifest) -> Terms:
     """What the round machine needs of a manifest."""
     return Terms(
@@ -140,6 +207,7 @@ class Store:
         forget_deleted(self._engine)  # of a round that ended just before a crash
         self._now = now
         self.shelf = Shelf(self._engine, now)
+        self.spans = Spans(self._engine)
         self._manifests: dict[bytes, Manifest] = {}
         self._messages: dict[bytes, tuple[int, frozenset[bytes]]] = {}
         self._enrolled_keys: dict[bytes, frozenset[tuple[str, str, bytes]]] = {}
@@ -170,9 +238,8 @@ class Store:
         return [self._run(row) for row in rows]
 
     def run(self, run: bytes) -> StoredRun | None:
-        with reading(self._engine) as db:
-            row = db.execute(_RUNS.where(schema.runs.c.run == run)).mappings().first()
-        return None if row is None else self._run(row)
+        row = ask_one(self._engine, _RUN, of_run=run)
+        return None if row is None else self._run(row._asdict())
 
     def set_stopped(self, run: bytes, stopped: bool) -> None:
         """Stops a run, cancelling what is still ordered, or lets it go on. A stopped run is paused no longer."""
@@ -193,7 +260,7 @@ class Store:
         with self._engine.begin() as db:
             db.execute(delete(schema.paused_runs).where(schema.paused_runs.c.run == run))
 
-    def _run(self, row: RowMapping) -> StoredRun:
+    def _run(self, row: Mapping[Any, Any] | RowMapping) -> StoredRun:
         manifest = self._manifests.get(row["run"])
         if manifest is None:
             manifest = self._manifests[row["run"]] = parse_manifest(row["manifest"])
@@ -210,11 +277,8 @@ class Store:
 
     def open_order(self, run: bytes) -> Order | None:
         """The oldest order that still lacks rounds."""
-        o = schema.orders
-        query = select(o).where(o.c.run == run, o.c.cancelled == 0, o.c.closed < o.c.wanted).order_by(o.c.id).limit(1)
-        with reading(self._engine) as db:
-            row = db.execute(query).mappings().first()
-        return None if row is None else Order(row["id"], row["run"], RoundKind(row["kind"]), row["wanted"], row["closed"])
+        row = ask_one(self._engine, _OPEN_ORDER, of_run=run)
+        return None if row is None else Order(row.id, row.run, RoundKind(row.kind), row.wanted, row.closed)
 
     def wanted(self, run: bytes, kind: RoundKind) -> tuple[int, int]:
         """(rounds asked for, rounds closed) of a kind; of a cancelled order, what had closed by then counts as asked for."""
@@ -231,35 +295,32 @@ class Store:
     def begin_round(self, state: Round) -> None:
         """Stores a new round. Raises sqlalchemy.exc.IntegrityError where the number is taken."""
         document, _ = dump(state)
-        with self._engine.begin() as db:
-            db.execute(
-                insert(schema.rounds).values(
-                    run=state.run,
-                    number=state.number,
-                    kind=state.kind,
-                    started_at=state.started_at,
-                    state=document,
-                    phase=state.phase,
-                    bytes_down=0,
-                    bytes_up=0,
-                    outcome="",
-                )
+        with writing(self._engine) as db:
+            db.run(
+                _BEGIN_ROUND,
+                run=state.run,
+                number=state.number,
+                kind=state.kind,
+                started_at=state.started_at,
+                state=document,
+                phase=state.phase,
+                bytes_down=0,
+                bytes_up=0,
+                outcome="",
             )
             self._add_event(db, state, "started", "")
 
     def save_round(self, state: Round, what: str, site: str = "") -> None:
         """Stores a moved round, the new messages in it, and what moved it. One that ended keeps none: what sites revealed is gone (R7)."""
         document, blobs = dump(state)
-        with self._engine.begin() as db:
+        with writing(self._engine) as db:
             if state.phase in ENDED:
-                db.execute(delete(schema.messages).where(*_at(schema.messages, state.run, state.number)))
+                db.run(_DROP_MESSAGES, of_run=state.run, of_number=state.number)
             else:
                 stored = self._messages_of(state)
                 rows = [{"run": state.run, "number": state.number, "digest": d, "message": m} for d, m in blobs.items() if d not in stored]
-                if rows:
-                    db.execute(insert(schema.messages).on_conflict_do_nothing(), rows)
-            where = _at(schema.rounds, state.run, state.number)
-            db.execute(update(schema.rounds).where(*where).values(state=document, phase=state.phase))
+                db.run_many(_ADD_MESSAGE, rows)
+            db.run(_SAVE_ROUND, of_run=state.run, of_number=state.number, to_state=document, to_phase=state.phase)
             self._add_event(db, state, what, site)
         self._messages[state.run] = (state.number, frozenset(blobs))
         if state.phase in ENDED:
@@ -273,28 +334,19 @@ class Store:
     def close_round(self, state: Round, outcome: str, checkpoint: StoredCheckpoint | None) -> None:
         """In one transaction: the round closes, its outcome stands, its checkpoint is the newest, and its order has one round less to go."""
         document, _ = dump(state)
-        with self._engine.begin() as db:
-            where = _at(schema.rounds, state.run, state.number)
-            db.execute(update(schema.rounds).where(*where).values(state=document, phase=state.phase, outcome=outcome))
-            db.execute(delete(schema.messages).where(*_at(schema.messages, state.run, state.number)))
+        with writing(self._engine) as db:
+            db.run(_CLOSE_ROUND, of_run=state.run, of_number=state.number, to_state=document, to_phase=state.phase, to_outcome=outcome)
+            db.run(_DROP_MESSAGES, of_run=state.run, of_number=state.number)
             if checkpoint is not None:
-                db.execute(insert(schema.checkpoints).values(_checkpoint_row(checkpoint)))
-            o = schema.orders
-            oldest = (
-                select(func.min(o.c.id))
-                .where(o.c.run == state.run, o.c.kind == state.kind, o.c.cancelled == 0, o.c.closed < o.c.wanted)
-                .scalar_subquery()
-            )
-            db.execute(update(o).where(o.c.id == oldest).values(closed=o.c.closed + 1))
+                db.run(_ADD_CHECKPOINT, **_checkpoint_row(checkpoint))
+            db.run(_COUNT_CLOSED, of_run=state.run, of_kind=state.kind)
             self._add_event(db, state, "closed", "")
         forget_deleted(self._engine)
 
     def add_bytes(self, run: bytes, number: int, down: int, up: int) -> None:
         """Adds to what a round transferred."""
-        r = schema.rounds
-        values = {"bytes_down": r.c.bytes_down + down, "bytes_up": r.c.bytes_up + up}
-        with self._engine.begin() as db:
-            db.execute(update(r).where(*_at(r, run, number)).values(values))
+        with writing(self._engine) as db:
+            db.run(_ADD_BYTES, of_run=run, of_number=number, down=down, up=up)
 
     def newest_round(self, run: bytes) -> StoredRound | None:
         """The run's round with the highest number."""
@@ -305,13 +357,14 @@ class Store:
         """A run's rounds, oldest first. newest: no more than so many, the last ones."""
         return self._rounds(run, limit=newest)[::-1]
 
+    def round(self, run: bytes, number: int) -> StoredRound | None:
+        """One round of a run."""
+        return next(iter(self._rounds(run, limit=1, only=number)), None)
+
     def last_training_outcome(self, run: bytes) -> str:
         """The outcome of the run's last closed training round, JSON; empty where there is none."""
-        r = schema.rounds
-        where = (r.c.run == run, r.c.kind == RoundKind.TRAIN, r.c.phase == "closed")
-        with reading(self._engine) as db:
-            found = db.execute(select(r.c.outcome).where(*where).order_by(r.c.number.desc()).limit(1)).scalar_one_or_none()
-        return found or ""
+        row = ask_one(self._engine, _LAST_OUTCOME, of_run=run)
+        return "" if row is None else str(row.outcome)
 
     def abandoned_since_close(self, run: bytes) -> int:
         """How many rounds were abandoned since the last that closed."""
@@ -334,25 +387,23 @@ class Store:
         with reading(self._engine) as db:
             return db.execute(select(e).where(*_at(e, run, number)).order_by(e.c.id)).mappings().all()
 
-    def _rounds(self, run: bytes, limit: int | None) -> list[StoredRound]:
+    def _rounds(self, run: bytes, limit: int | None, only: int | None = None) -> list[StoredRound]:
         stored = self.run(run)
         if stored is None:
             return []
         r, m = schema.rounds, schema.messages
         with reading(self._engine) as db:
-            rows = db.execute(select(r).where(r.c.run == run).order_by(r.c.number.desc()).limit(limit)).mappings().all()
+            which = r.c.run == run if only is None else (r.c.run == run) & (r.c.number == only)
+            rows = db.execute(select(r).where(which).order_by(r.c.number.desc()).limit(limit)).mappings().all()
             live = [row["number"] for row in rows if row["phase"] not in ENDED]
             found = db.execute(select(m.c.digest, m.c.message).where(m.c.run == run, m.c.number.in_(live))).all()
         blobs = {bytes(digest): bytes(message) for digest, message in found}
         terms = terms_of(stored.manifest)
         return [_stored_round(row, terms, blobs if row["phase"] not in ENDED else _Forgotten()) for row in rows]
 
-    def _add_event(self, db: Connection, state: Round, what: str, site: str) -> None:
-        db.execute(
-            insert(schema.events).values(
-                run=state.run, number=state.number, at=self._now(), what=what, site=site, phase=state.phase, attempt=state.attempt
-            )
-        )
+    def _add_event(self, db: Transaction, state: Round, what: str, site: str) -> None:
+        named = {"run": state.run, "number": state.number, "phase": state.phase, "attempt": state.attempt}
+        db.run(_ADD_EVENT, **named, at=self._now(), what=what, site=site)
 
     # --- checkpoints ---
 
@@ -364,17 +415,12 @@ class Store:
         return [StoredCheckpoint(**row) for row in rows]
 
     def newest_checkpoint(self, run: bytes) -> StoredCheckpoint | None:
-        c = schema.checkpoints
-        with reading(self._engine) as db:
-            row = db.execute(select(c).where(c.c.run == run).order_by(c.c.round.desc()).limit(1)).mappings().first()
-        return None if row is None else StoredCheckpoint(**row)
+        row = ask_one(self._engine, _NEWEST_CHECKPOINT, of_run=run)
+        return None if row is None else StoredCheckpoint(**row._asdict())
 
     def checkpoint_of(self, weights: bytes) -> list[StoredCheckpoint]:
         """Checkpoints whose weights, ema or optimiser artifact has this digest."""
-        c = schema.checkpoints
-        query = select(c).where((c.c.weights == weights) | (c.c.ema == weights) | (c.c.optimiser == weights))
-        with reading(self._engine) as db:
-            return [StoredCheckpoint(**row) for row in db.execute(query).mappings().all()]
+        return [StoredCheckpoint(**row._asdict()) for row in ask(self._engine, _CHECKPOINT_OF, of_digest=weights)]
 
     # --- grids ---
 

@@ -41,6 +41,7 @@ class Script:
     status: admin_pb2.GetStatusResponse = field(default_factory=admin_pb2.GetStatusResponse)
     manifests: dict[bytes, site_pb2.GetRunResponse] = field(default_factory=dict)
     artifacts: dict[bytes, bytes] = field(default_factory=dict)
+    trace: admin_pb2.GetRoundTraceResponse = field(default_factory=admin_pb2.GetRoundTraceResponse)
     sampled: admin_pb2.SampleResponse = field(default_factory=admin_pb2.SampleResponse)
     watched: list[list[admin_pb2.WatchRunResponse]] = field(default_factory=list)
     refuse: dict[str, tuple[grpc.StatusCode, str]] = field(default_factory=dict)
@@ -113,6 +114,10 @@ class ScriptedAdmin(AdminServiceServicer):
     def ListRounds(self, request: Any, context: Any) -> admin_pb2.ListRoundsResponse:
         self._hear("ListRounds", request, context)
         return admin_pb2.ListRoundsResponse(rounds=self._script.rounds)
+
+    def GetRoundTrace(self, request: Any, context: Any) -> admin_pb2.GetRoundTraceResponse:
+        self._hear("GetRoundTrace", request, context)
+        return self._script.trace
 
     def WatchRun(self, request: Any, context: Any) -> Iterator[admin_pb2.WatchRunResponse]:
         self._hear("WatchRun", request, context)

@@ -201,6 +201,10 @@ def test_export_writes_a_folder_that_diffusers_loads(
     assert len(CosiloPipeline.from_pretrained(whole)(class_labels=[0, 2], num_inference_steps=2).images) == 2
     assert cosilo(founded, address, "checkpoint", "export", "digits 1", "--to", str(one), "--class", "2") == 0
     assert len(DDIMPipeline.from_pretrained(one)(num_inference_steps=2).images) == 1
+    card = (whole / "README.md").read_text()
+    assert sha256((whole / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest() in card
+    assert sign_manifest(manifest, key).hex() in card
+    assert "This folder draws class 2 only." in (one / "README.md").read_text()
     assert entries(tmp_path / "out") == ["one", "whole"]  # the downloaded weights are gone
     assert cosilo(founded, address, "checkpoint", "export", "digits 1", "--to", str(whole)) == 1
     assert "is not an empty folder" in capsys.readouterr().err

@@ -46,6 +46,7 @@ from cosilo_server.services.admission import (
     Refused,
     source_of,
 )
+from cosilo_server.services.turns import Turn
 from cosilo_server.services.uploads import SMALL_CHUNKS_MAX, STALL_BYTES, UploadDesk
 from cosilo_server.spool import Spool
 from tests.identity_parties import NOW, Founded, InvitationsInMemory, MembersInMemory, found
@@ -196,7 +197,7 @@ async def test_chunks_that_are_too_small_are_refused(tmp_path: Path) -> None:
             yield frame_data(b"\0")
 
     with pytest.raises(TransferError) as caught:
-        await desk.desk._fill(sink, ones(), desk.round.state, "mallory")
+        await desk.desk._fill(sink, ones(), desk.round.state, "mallory", Turn(None))
     sink.close()
     assert caught.value.subject == f"{SMALL_CHUNKS_MAX + 1} chunks: they are too small"
     assert statement.site == "mallory"

@@ -129,7 +129,7 @@ async def test_a_warm_trainer_starts_at_once_and_repeats_itself(link: TrainerLin
 
 
 async def test_a_statistics_round_measures_and_trains_nothing(link: TrainerLink, folder: Path) -> None:
-    fields = train_job(folder).model_dump(exclude={"kind", "update", "seed", "micro_batch"})
+    fields = train_job(folder).model_dump(exclude={"kind", "update", "keep_personal", "seed", "micro_batch"})
     result = await link.run(EvaluateJob(**fields), ignore)
     assert (result.weight, result.steps, result.images, result.train_loss) == (90, 0, 0, 0.0)
     assert len(result.heldout_losses) == 4

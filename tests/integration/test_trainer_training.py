@@ -261,7 +261,7 @@ def test_training_on_digits_lowers_the_heldout_loss(make_job: Callable[..., Trai
     base = np.memmap(job.weights, "<f4", "r", offset=job.weights.stat().st_size - 4 * table.size)
     after = job.weights.with_name("after.safetensors")
     write_weights(after, table, [base + np.fromfile(job.update, "<f4")])
-    fields = job.model_dump(exclude={"kind", "weights", "update", "seed", "micro_batch"})
+    fields = job.model_dump(exclude={"kind", "weights", "update", "keep_personal", "seed", "micro_batch"})
     evaluated = workshop.perform(EvaluateJob(weights=after, **fields), lambda progress: None)
     assert (evaluated.weight, evaluated.steps) == (270, 0)
     assert sum(evaluated.heldout_losses) < 0.6 * sum(result.heldout_losses)

@@ -23,6 +23,7 @@ from cosilo_server.rounds.state import Phase, Round
 from cosilo_server.services.uploads import UploadDesk
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store, terms_of
+from cosilo_server.trace import RoundTrace
 from tests.integration.memory_rounds import manifest_of, signing_key
 
 SITES = ("anna", "beda", "mallory")
@@ -45,6 +46,7 @@ class OneRound:
             self.step(AdvertReceived(name, 1, self.signed(MessageType.ADVERT, advert, name).encode()))
         assert self.state.phase is Phase.UPLOADING
         self.size = encoding.wire_bytes
+        self.trace = RoundTrace(None, lambda: 0.0)  # type: ignore[arg-type]  # nothing of it is stored
 
     def signed(self, type_: MessageType, body: Advert | Upload, name: str = "mallory") -> Signed:
         return sign(signing_key(name), type_, self.run, 1, 1, name, body)

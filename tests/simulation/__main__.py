@@ -4,6 +4,8 @@
     python -m tests.simulation --rounds 10000                   so many rounds, or exit code 1
     python -m tests.simulation --seed 42                        one history again, every event of it
     python -m tests.simulation --first 0                        seeds that nobody has run before
+    python -m tests.simulation --lies                           coordinators that lie
+    python -m tests.simulation --mutants                        a broken program, to see that it is found out
 
 Owns the command line, the worker processes and the sums over seeds. Exit code 1 where a rule was broken, or
 fewer rounds were simulated than were asked for.
@@ -18,10 +20,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.simulation.scenario import scenario_of
+from tests.simulation.mutants import LIES, Verdict, try_all
+from tests.simulation.scenario import Scenario, scenario_of
 from tests.simulation.world import Report, simulate
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", *(arguments if arguments is not None else sys.argv[1:])])
     if asked.worker is not None:
         return _work(asked)
+    if asked.mutants is not None:
+        return _mutants(asked)
     if asked.seed is not None:
         return _one(asked)
     return _many(asked)
@@ -51,19 +57,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="stop after so many rounds; it is a failure if the time ends before")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"stop after so many seconds (default: {SECONDS:.0f})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--lies", action="store_true", help="every coordinator lies in its assignments")
+    parser.add_argument("--mutants", nargs="*", metavar="NAME", help="put faults into the program, all or these, and see each one caught")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser
 
 
+def _scenario(asked: argparse.Namespace, seed: int, sites: int = 0) -> Scenario:
+    scenario = scenario_of(seed, sites)
+    return replace(scenario, lies=max(scenario.lies, LIES)) if asked.lies else scenario
+
+
 def _one(asked: argparse.Namespace) -> int:
-    report = simulate(scenario_of(asked.seed, asked.sites), None if asked.quiet else print)
+    began_s = time.process_time()
+    report = simulate(_scenario(asked, asked.seed, asked.sites), None if asked.quiet else print)
     print(f"seed {report.seed}: {report.about}")
-    _tell(_sums([_plain(report)]), 1, 0.0)
+    _tell(_sums([_plain(report, time.process_time() - began_s)]), 1, 0.0)
     if report.violation is None:
         print(f"trace {report.trace_digest}")
         return 0
-    _failed(_plain(report), asked.sites)
+    _failed(_plain(report), asked)
     return 1
+
+
+def _mutants(asked: argparse.Namespace) -> int:
+    def tell(verdict: Verdict) -> None:
+        fate = f"caught by {verdict.rule}" if verdict.rule else "SURVIVES"
+        wrong = "" if verdict.caught else f": {verdict.what[-400:]}"
+        print(f"{verdict.mutant.name}: {fate} after {verdict.seeds} seeds, {verdict.rounds} rounds{wrong}", flush=True)
+
+    verdicts = try_all(asked.mutants, asked.jobs, tell)
+    missed = [verdict.mutant.name for verdict in verdicts if not verdict.caught]
+    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} mutants caught, by {len({v.rule for v in verdicts if v.caught})} rules")
+    if missed:
+        print(f"error: simulate: not caught: {'; '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
 
 
 def _work(asked: argparse.Namespace) -> int:
@@ -71,7 +99,9 @@ def _work(asked: argparse.Namespace) -> int:
     seed = asked.first + asked.worker
     os.set_blocking(0, False)
     while not _closed():
-        print(json.dumps(_plain(simulate(scenario_of(seed)))), flush=True)
+        began_s = time.process_time()
+        report = simulate(_scenario(asked, seed))
+        print(json.dumps(_plain(report, time.process_time() - began_s)), flush=True)
         seed += asked.jobs
     return 0
 
@@ -107,7 +137,7 @@ def _many(asked: argparse.Namespace) -> int:
     elapsed_s = time.monotonic() - began
     _tell(_sums(reports), len(reports), elapsed_s)
     if failed is not None:
-        _failed(failed, 0)
+        _failed(failed, asked)
         return 1
     if asked.rounds and _rounds(reports) < asked.rounds:
         print(f"error: simulate: {_rounds(reports)} rounds of {asked.rounds} in {asked.seconds:.0f} s", file=sys.stderr)
@@ -117,6 +147,7 @@ def _many(asked: argparse.Namespace) -> int:
 
 def _start(asked: argparse.Namespace, first: int, number: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.simulation", "--worker", str(number), "--first", str(first), "--jobs", str(asked.jobs)]
+    command += ["--lies"] * asked.lies
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -134,8 +165,9 @@ def _next(workers: list[subprocess.Popen[bytes]]) -> dict[str, Any] | None:
     return None
 
 
-def _plain(report: Report) -> dict[str, Any]:
+def _plain(report: Report, cpu_s: float = 0.0) -> dict[str, Any]:
     return {
+        "cpu_s": cpu_s,
         "seed": report.seed,
         "about": report.about,
         "simulated_s": report.simulated_s,
@@ -149,7 +181,7 @@ def _plain(report: Report) -> dict[str, Any]:
 
 
 def _sums(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {name: sum(r[name] for r in reports) for name in ("simulated_s", "events", "messages", "points")}
+    total: dict[str, Any] = {name: sum(r[name] for r in reports) for name in ("cpu_s", "simulated_s", "events", "messages", "points")}
     for name in ("counts", "faults"):
         total[name] = sum((Counter(r[name]) for r in reports), Counter())
     return total
@@ -163,6 +195,7 @@ def _tell(total: dict[str, Any], seeds: int, elapsed_s: float) -> None:
     counts, faults = total["counts"], total["faults"]
     closed, abandoned = counts["rounds closed"], counts["rounds abandoned"]
     speed = f", {(closed + abandoned) / elapsed_s:.1f} a second" if elapsed_s else ""
+    speed += f", {(closed + abandoned) / total['cpu_s']:.1f} a CPU-second"
     print(
         f"{seeds} seeds, {closed + abandoned} rounds ({closed} closed, {abandoned} abandoned){speed}, "
         f"{total['simulated_s'] / 3600:.1f} simulated hours"
@@ -175,8 +208,8 @@ def _tell(total: dict[str, Any], seeds: int, elapsed_s: float) -> None:
         print(f"  {count:8} {name}")
 
 
-def _failed(report: dict[str, Any], sites: int) -> None:
-    again = f"--seed {report['seed']}" + (f" --sites {sites}" if sites else "")
+def _failed(report: dict[str, Any], asked: argparse.Namespace) -> None:
+    again = f"--seed {report['seed']}" + (f" --sites {asked.sites}" if asked.sites else "") + (" --lies" if asked.lies else "")
     print(f"\nFAILED seed {report['seed']} ({report['about']}), commit {commit()}\n{report['violation']}")
     print(f'again: make simulate SIM_ARGS="{again}"')
 

@@ -35,10 +35,11 @@ from cosilo_server.services.uploads import UploadDesk
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store, StoredCheckpoint
 from tests.simulation.disk import Disk
-from tests.simulation.process import Process
+from tests.simulation.network import Network, Server
+from tests.simulation.process import CURRENT, Process
 from tests.simulation.trainer import update_of
 from tests.simulation.watch import Watch
-from tests.simulation.wire import FEDERATION, Context, Network, Server
+from tests.simulation.wire import FEDERATION, Context
 
 EPOCH_S = 1_000_000.0  # simulated time 0 as UTC seconds
 
@@ -77,7 +78,13 @@ class WatchedCloser(RoundCloser):
 
     def open(self, manifest: Manifest, state: Round) -> tuple[RoundOutcome, StoredCheckpoint | None]:
         self.watch.opening(state)
-        return super().open(manifest, state)
+        try:
+            return super().open(manifest, state)
+        except (CosiloError, OSError) as error:
+            process = CURRENT.get()
+            if process is not None and process.alive and not process.disk.full:
+                self.watch.fail("sum", f"round {state.number} has all it needs and cannot be opened: {error!r}")
+            raise
 
 
 class WatchedConductor(Conductor):

@@ -288,7 +288,8 @@ def _commit(dialect: DefaultDialect, connection: Any) -> None:
     if process is None or not connection.in_transaction:
         REAL["commit"](dialect, connection)
         return
-    if connection.total_changes == connection.info.get("changes", 0):  # it only read
+    changed = None if isinstance(connection, sqlite3.Connection) else connection.info  # cosilo_common.statements only commits what it wrote
+    if changed is not None and connection.total_changes == changed.get("changes", 0):  # it only read
         REAL["commit"](dialect, connection)
         return
     if process.disk.full:
@@ -296,7 +297,8 @@ def _commit(dialect: DefaultDialect, connection: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
     process.point("before a commit")
     REAL["commit"](dialect, connection)
-    connection.info["changes"] = connection.total_changes
+    if changed is not None:
+        changed["changes"] = connection.total_changes
     process.point("after a commit")
 
 

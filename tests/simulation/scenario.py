@@ -11,9 +11,10 @@ from random import Random
 from cosilo_common.diffusion.presets import preset
 from cosilo_common.manifest import PLAIN_AGGREGATION, SECURE_AGGREGATION, Deadlines, EncodingTerms, Manifest, Participant
 from cosilo_common.secagg.messages import RoundKind
+from tests.simulation.network import Weather
 from tests.simulation.site import signing_key
 from tests.simulation.trainer import Temper
-from tests.simulation.wire import FEDERATION, Weather
+from tests.simulation.wire import FEDERATION
 
 CLIP = 0.5
 CAP = 512

@@ -39,10 +39,11 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.keys import InsecureFakeRandom
 from tests.simulation.disk import Disk
+from tests.simulation.network import Network
 from tests.simulation.process import CURRENT, Process, outside
 from tests.simulation.trainer import SimulatedTrainer, Temper
 from tests.simulation.watch import Watch
-from tests.simulation.wire import NOT_AFTER, Network
+from tests.simulation.wire import NOT_AFTER, Channel
 
 NETWORK = NetworkTable(timeout_s=8.0, stall_s=15.0, backoff_min_s=0.5, backoff_max_s=8.0)
 ACCEPTED_AT = "2026-01-01T00:00:00+00:00"
@@ -217,7 +218,7 @@ def patches(network: Network) -> list[tuple[Any, str, Any]]:
         def open(cls, address: str, tls: Any, *, timeout_s: float, stall_s: float, proxy: Any = None) -> Any:
             process = CURRENT.get()
             assert process is not None
-            return cls(network.channel(process), timeout_s=timeout_s, stall_s=stall_s)  # type: ignore[arg-type]  # as much as it needs
+            return cls(Channel(network, process), timeout_s=timeout_s, stall_s=stall_s)  # type: ignore[arg-type]  # as much as it needs
 
     return [
         (cosilo_client.session, "Transport", SimulatedTransport),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.simulation.mutants import MUTANTS, try_one
 from tests.simulation.scenario import calm, scenario_of
 from tests.simulation.world import simulate
 
@@ -14,6 +15,14 @@ def test_a_federation_in_foul_weather_breaks_no_invariant(seed: int) -> None:
     assert report.violation is None
     assert report.counts["rounds closed"] > 0
     assert sum(report.faults.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["a message is acknowledged before it is stored", "a quorum of consents is one fewer"])
+def test_a_fault_put_into_the_program_is_found(name: str) -> None:
+    """All of them: `python -m tests.simulation --mutants`."""
+    [mutant] = [each for each in MUTANTS if each.name == name]
+    verdict = try_one(mutant)
+    assert verdict.caught, verdict.what
 
 
 def test_a_seed_replays_exactly() -> None:

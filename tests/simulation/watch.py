@@ -109,19 +109,20 @@ class Watch:
         if round_ < highest:
             self.fail("R2", f"{site} signs for round {round_} after round {highest}")
         self._round_of[site, run] = max(highest, round_)
+        if signed.type is MessageType.REVEAL:  # before R4: that two of them differ is the lesser harm
+            self._reveal(site, signed)
         once = (site, run, round_) if signed.type is MessageType.CONSENT else (site, run, round_, attempt)
         rule = "R5" if signed.type is MessageType.CONSENT else "R4"
         self._only_one(rule, (signed.type, *once), signed.encode(), f"{site} sends two different {signed.type}s in {round_}.{attempt}")
         match signed.type:
             case MessageType.ADVERT:
+                self._invited(site, signed)
                 self._advert(site, signed)
             case MessageType.CONSENT:
                 consent = Consent.decode(signed.body)
                 self._only_one("R5", ("attempt", *once), bytes([attempt]), f"{site} consents in two attempts of round {round_}")
                 if site not in consent.survivors:
                     self._excluded.add((site, run, round_))
-            case MessageType.REVEAL:
-                self._reveal(site, signed)
             case MessageType.SHARES:
                 self._invited(site, signed)
 

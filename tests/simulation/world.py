@@ -35,13 +35,13 @@ from tests.simulation.clock import SimulatedLoop, Stalled
 from tests.simulation.coordinator import CoordinatorParty
 from tests.simulation.disk import discard_folder, simulated_disks
 from tests.simulation.liar import Liar
+from tests.simulation.network import Network, Weather
 from tests.simulation.process import CURRENT, Process
 from tests.simulation.scenario import Scenario, kinds
 from tests.simulation.site import SiteParty
 from tests.simulation.sums import Sums
 from tests.simulation.trainer import Temper
 from tests.simulation.watch import Violation, Watch
-from tests.simulation.wire import Network, Weather
 
 CHAOS_S_MAX = 900.0  # a chapter of faults ends after this at the latest
 PEACE_S_MAX = 1500.0  # BACKOFF_MAX_S, then each round left, with a site or two that must first be heard of by keepalive
@@ -515,6 +515,7 @@ def simulate(scenario: Scenario, tell: Callable[[str], None] | None = None) -> R
     report = Report(scenario.seed, scenario.describe())
     collecting = gc.isenabled()
     gc.disable()  # what it finalises, and when, must not depend on anything but the seed
+    gc.freeze()  # a collection looks at this simulation's objects, not at every module's
     try:
         world = World(scenario, root, tell)
         with _in_place(world):
@@ -528,6 +529,7 @@ def simulate(scenario: Scenario, tell: Callable[[str], None] | None = None) -> R
         _report(report, world)
     finally:
         discard_folder(root)
+        gc.unfreeze()
         if collecting:
             gc.enable()
         gc.collect()

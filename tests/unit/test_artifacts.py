@@ -1,6 +1,8 @@
 """Artifacts and the spool: whole under their own name or not there, and no name from outside becomes a path."""
 
+import errno
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,40 @@ def test_uploads_are_kept_apart_by_round_and_site_and_discarded_together(tmp_pat
     assert spool.whole_sites(RUN, 2) == []
     spool.discard_run(RUN)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_round_that_was_discarded_takes_no_upload_any_more(tmp_path: Path) -> None:
+    """A thread that opens an upload as its round ends comes after the removal: what it made nobody would remove."""
+    spool = Spool(tmp_path)
+    upload(spool, 2, "st-anna", stop=10)
+    spool.discard_round(RUN, 2)
+    for late in (1, 2):
+        with pytest.raises(CosiloError, match=f"round {late} of run .* is over"):
+            spool.receive(RUN, late, "st-anna", len(CONTENT), DIGEST)
+    assert spool.rounds() == []
+    upload(spool, 3, "st-anna")
+    assert spool.rounds() == [(RUN, 3)]
+
+
+def test_a_round_is_discarded_while_an_upload_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk renames the file between the removal's look at the folder and its hand on the name."""
+    spool = Spool(tmp_path)
+    sink = spool.receive(RUN, 1, "st-anna", len(CONTENT), DIGEST)
+    sink.append(0, CONTENT)
+    remove = shutil.rmtree
+    removals: list[Path] = []
+
+    def rmtree(folder: Path) -> None:
+        removals.append(folder)
+        if len(removals) == 1:
+            sink.finish()
+            raise FileNotFoundError(errno.ENOENT, "gone")
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    spool.discard_round(RUN, 1)
+    assert len(removals) == 2
+    assert spool.rounds() == []
 
 
 def test_an_upload_that_does_not_fit_is_refused_before_a_byte_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

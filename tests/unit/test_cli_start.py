@@ -41,6 +41,7 @@ COMMANDS = [
     "round start",
     "round list",
     "round show",
+    "round trace",
     "checkpoint list",
     "checkpoint pull",
     "checkpoint export",

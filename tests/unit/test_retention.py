@@ -18,6 +18,7 @@ from cosilo_server.artifacts import Artifacts
 from cosilo_server.config import Retention
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.retention import HOLD_FILE, Collector, holding, kept
+from cosilo_server.spans import Span
 from cosilo_server.store import Store, StoredCheckpoint
 from tests.protocol.manifests import a_manifest
 
@@ -217,9 +218,12 @@ def test_grids_and_traces_are_trimmed(tmp_path: Path) -> None:
             round_ = {"run": RUN, "number": number, "kind": "train", "started_at": 0.0, "state": "{}", "phase": "closed"}
             db.execute(schema.rounds.insert().values(round_))
             db.execute(schema.events.insert().values(run=RUN, number=number, at=0.0, what="closed", phase="closed", attempt=1))
+    for number in range(1, 8):
+        folder.store.spans.add(RUN, number, [Span("", "phase", "training", 1, 1.0, 2.0)])
     folder.collected()
     assert [grid.created_at for grid in folder.store.grids(RUN, 10)] == [now + 103, now + 102]
     assert [bool(folder.store.events(RUN, number)) for number in range(1, 8)] == [False] * 3 + [True] * 4
+    assert [bool(folder.store.spans.of(RUN, number, 1)) for number in range(1, 8)] == [False] * 3 + [True] * 4
     assert Folder(tmp_path).collector.collect() is not None
     assert len(folder.artifacts.digests()) == 2 + 5  # grids; two checkpoints, of which one has no optimiser any more
 

@@ -49,11 +49,15 @@ class _Job(Plain):
     schedule: Schedule
     training: Training
     data: DataConfig
+    personal: Path | None = None
     threads: Annotated[int, Field(ge=0, le=THREADS_MAX)] = 0
 
 
 class TrainJob(_Job):
     """Train one round.
+
+    personal: this site's own values of the tensors that stay at home (`Training.personal`), safetensors; None where it has none yet, and
+    the weights' own are meant. keep_personal: where those go that it has afterwards; only where something stays.
 
     weights: the round's global weights, canonical safetensors. update: where the update goes, raw little-endian float32
     in the tensor table's order. seed: `seeding.site_seed`. threads: of the CPU, 0 for torch's choice. micro_batch: most
@@ -62,6 +66,7 @@ class TrainJob(_Job):
 
     kind: Literal["train"] = "train"
     update: Path
+    keep_personal: Path | None = None
     seed: Annotated[int, Field(ge=0, le=SEED_MAX)]
     micro_batch: Annotated[int, Field(ge=1, le=BATCH_MAX)] | None = None
 

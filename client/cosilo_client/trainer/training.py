@@ -5,6 +5,7 @@ convention, and a plain loop that follows it gets the same bits on a CPU: gradie
 w_global), clipped by their global norm in the module's parameter order, then the optimiser's step.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from cosilo_client.trainer.control import ControlVariates
 from cosilo_client.trainer.device import Workplace
 from cosilo_client.trainer.jobs import FailureCode, Progress, TrainerFailed
-from cosilo_common.diffusion.objective import Draw, draw_noise, loss_weights, noise_schedule, per_image_loss, sobol_sequence, to_model_range
+from cosilo_common.diffusion.objective import (
+    Draw,
+    anchor_pull,
+    anchored_loss,
+    draw_noise,
+    loss_weights,
+    noise_schedule,
+    per_image_loss,
+    sobol_sequence,
+    to_model_range,
+)
 from cosilo_common.diffusion.specification import Schedule, Training
 
 PROGRESS_S_MAX = 10.0  # deadlines watch progress, so a slow tenth must still show that it lives
@@ -61,6 +73,7 @@ def train(
     micro_batch: int | None,
     place: Workplace,
     report: Callable[[Progress], None],
+    control: ControlVariates | None = None,
 ) -> Trained:
     """Train the module in place for one round.
 
@@ -74,6 +87,7 @@ def train(
     weights = loss_weights(noiser, training)
     parameters = list(module.parameters())
     anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
+    teacher = _Teacher.of(module, schedule, training)
     optimiser = build_optimiser(parameters, training, place)
     meter = _Meter(steps_in_round(len(data.train), training), place, report)
     module.train()
@@ -83,13 +97,15 @@ def train(
         for share, last in _micro_batches(size, micro_batch, place):
             with _gradients_stay(module, last):
                 with place.autocast():
-                    losses = _losses(module, noiser, data, batch, share, place)
+                    losses = _losses(module, noiser, data, batch, share, place, teacher)
                 if weights is not None and len(share):
                     losses = losses * weights[batch.draw.timesteps[share]].to(losses.device)
                 # The mean over the whole batch; DDP averages over ranks, hence the factor.
                 loss = losses.sum() * (place.world / size)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             meter.add(losses.detach().sum(), len(share))
+        if control is not None:
+            control.correct()
         for parameter, anchor in zip(parameters, anchors, strict=False):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=training.proximal_mu)
@@ -129,13 +145,36 @@ def _cut(order: torch.Tensor, training: Training) -> tuple[torch.Tensor, ...]:
 
 
 def build_optimiser(parameters: list[torch.nn.Parameter], training: Training, place: Workplace) -> torch.optim.Optimizer:
-    """Adam or AdamW with torch's betas and epsilon, fresh for each round; fused on CUDA, plain on the CPU."""
-    kind = torch.optim.AdamW if training.optimiser == "adamw" else torch.optim.Adam
+    """Adam or AdamW with torch's betas and epsilon, or SGD without momentum, fresh for each round; fused on CUDA, plain on the CPU."""
+    kind: type[torch.optim.SGD] | type[torch.optim.Adam]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[training.optimiser]
     return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True if place.cuda else None)
 
 
+@dataclass(frozen=True)
+class _Teacher:
+    """The model that the round began with, and how strongly predictions at each timestep are held to its own."""
+
+    model: torch.nn.Module
+    pull: torch.Tensor
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, schedule: Schedule, training: Training) -> "_Teacher | None":
+        pull = anchor_pull(schedule, training)
+        if pull is None:
+            return None
+        began = module.module if isinstance(module, DistributedDataParallel) else module
+        return cls(copy.deepcopy(began).eval().requires_grad_(False), pull)
+
+
 def _losses(
-    module: torch.nn.Module, noiser: object, data: DeviceImages, batch: Batch, share: torch.Tensor, place: Workplace
+    module: torch.nn.Module,
+    noiser: object,
+    data: DeviceImages,
+    batch: Batch,
+    share: torch.Tensor,
+    place: Workplace,
+    teacher: _Teacher | None = None,
 ) -> torch.Tensor:
     """Losses of this rank's part of a batch: (b,).
 
@@ -151,7 +190,12 @@ def _losses(
         images = torch.where(flips[:, None, None, None], images.flip(-1), images)
     images = images.contiguous(memory_format=place.memory_format())
     timesteps, noise = _to_device(batch.draw.timesteps[share], place), _to_device(batch.draw.noise[share], place)
-    losses = per_image_loss(module, noiser, images, _to_device(data.labels[chosen], place), timesteps, noise)
+    labels = _to_device(data.labels[chosen], place)
+    if teacher is None:
+        losses = per_image_loss(module, noiser, images, labels, timesteps, noise)
+    else:
+        pull = _to_device(teacher.pull[batch.draw.timesteps[share]], place)
+        losses = anchored_loss(module, teacher.model, noiser, images, labels, timesteps, noise, pull)
     return losses * 0.0 if idle else losses
 
 

@@ -4,7 +4,9 @@ Owns the caches and the order of a job: weights in, held-out losses, training, u
 daemon.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +14,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cosilo_client.data import data_stamp, load_images, open_source, split_heldout
+from cosilo_client.trainer.control import ControlVariates
 from cosilo_client.trainer.device import Workplace
 from cosilo_client.trainer.jobs import FailureCode, Job, Progress, Result, TrainerFailed, TrainJob
 from cosilo_client.trainer.training import DeviceImages, Trained, train
 from cosilo_client.trainer.update import write_update
-from cosilo_common.diffusion.model import build_unet, load_vector, tensor_table, vector_blocks
+from cosilo_common.diffusion.model import build_unet, load_vector, ordered_parameters, tensor_table, vector_blocks
 from cosilo_common.diffusion.objective import heldout_count, heldout_losses, noise_schedule
+from cosilo_common.diffusion.parts import Split, split_of
 from cosilo_common.diffusion.specification import Architecture
-from cosilo_common.weights import open_vector
+from cosilo_common.weights import TensorTable, Vector, open_vector, write_weights
 
 GPU_SHARE_FOR_IMAGES = 0.25  # of a GPU's free memory; a larger set stays on the host and travels batch by batch
 
@@ -43,15 +47,27 @@ class Workshop:
         if place.cuda:
             torch.cuda.reset_peak_memory_stats(place.device)
         data = self._load_images(job)
-        base = open_vector(job.weights, tensor_table(job.architecture))
+        split = split_of(tensor_table(job.architecture), job.architecture, job.training.personal, job.training.control_variates)
+        fetched = open_vector(job.weights, split.base_table)
+        base, kept = fetched[: split.table.size], _kept(split, job.personal)
         unet, module = self._load_model(job.architecture)
-        load_vector(unet, base)
+        load_vector(unet, _with_personal(base, split, kept))
         losses = self._measure(unet, data, job)
         trained = Trained(0.0, 0, 0, 0.0)
         if isinstance(job, TrainJob):
-            trained = train(module, data, job.schedule, job.training, job.seed, job.micro_batch, place, report)
+            own = np.zeros(0, np.float32) if not split.controlled else _own_control(split, kept)
+            control = ControlVariates(unet, split.shared_table, fetched[split.table.size :], own) if split.controlled else None
+            trained = train(module, data, job.schedule, job.training, job.seed, job.micro_batch, place, report, control)
             if place.rank == 0:
-                write_update(job.update, vector_blocks(unet), base)
+                if split.kept_table is not None and job.keep_personal is not None:
+                    stays = () if split.personal_table is None else _part(unet, split.personal_table)
+                    write_weights(job.keep_personal, split.kept_table, chain(stays, control.own_next() if control else ()))
+                shared = base if not split.personal else np.concatenate([base[run] for run in split.shared_runs])
+                moved = _part(unet, split.shared_table)
+                if control is None:
+                    write_update(job.update, moved, shared)
+                else:
+                    write_update(job.update, chain(moved, control.own_next()), np.concatenate([shared, own]))
             unet.zero_grad(set_to_none=True)  # gradients need not wait in memory for the next round
         return Result(
             weight=len(data.train),
@@ -125,6 +141,36 @@ class Workshop:
             if tensor.nbytes <= free * GPU_SHARE_FOR_IMAGES:
                 return tensor.to(self._place.device)
         return tensor
+
+
+def _kept(split: Split, path: Path | None) -> Vector | None:
+    """What this site keeps between rounds; None before it has any."""
+    return None if path is None or split.kept_table is None else open_vector(path, split.kept_table)
+
+
+def _own_control(split: Split, kept: Vector | None) -> Vector:
+    """c_i: zero before the first round."""
+    size = split.shared_table.size
+    return np.zeros(size, np.float32) if kept is None else np.array(kept[-size:])
+
+
+def _with_personal(base: Vector, split: Split, kept: Vector | None) -> Vector:
+    """The round's weights, with this site's own values where it has any."""
+    if not split.personal or kept is None:
+        return base
+    whole, offset = np.array(base), 0
+    for run in split.personal_runs:
+        whole[run] = kept[offset : offset + run.stop - run.start]
+        offset += run.stop - run.start
+    return whole
+
+
+def _part(unet: torch.nn.Module, table: TensorTable) -> Iterator[Vector]:
+    """Blocks of `vector_blocks`, those of the table's tensors."""
+    names = {name for name, _ in table.entries}
+    for (name, _), block in zip(ordered_parameters(unet), vector_blocks(unet), strict=True):
+        if name in names:
+            yield block
 
 
 def _as_torch(images: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> torch.Tensor:

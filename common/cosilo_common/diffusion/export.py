@@ -6,6 +6,7 @@ whole or not at all.
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,12 +21,19 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.weights import open_vector
 
 
-def export_pipeline(weights: Path, architecture: Architecture, schedule: Schedule, to: Path, class_index: int | None = None) -> None:
+def export_pipeline(
+    weights: Path,
+    architecture: Architecture,
+    schedule: Schedule,
+    to: Path,
+    class_index: int | None = None,
+    card: Callable[[Path], str] | None = None,
+) -> None:
     """Write a diffusers folder from a checkpoint's weights or ema file.
 
     class_index: None writes a folder for CosiloPipeline; a class writes one that stock diffusers.DDIMPipeline samples
-    that class from. to: a folder that does not exist yet, or is empty. Raises CosiloError for a wrong class, unfit
-    weights or a folder in use.
+    that class from. to: a folder that does not exist yet, or is empty. card: gives its README.md, from the folder. Raises
+    CosiloError for a wrong class, unfit weights or a folder in use.
     """
     if class_index is not None and not 0 <= class_index < architecture.num_classes:
         raise CosiloError("export", f"class {class_index} does not exist", f"choose from 0 to {architecture.num_classes - 1}")
@@ -46,6 +54,8 @@ def export_pipeline(weights: Path, architecture: Architecture, schedule: Schedul
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as scratch:
         made = Path(scratch, "pipeline")
         pipeline.save_pretrained(str(made), safe_serialization=True)
+        if card is not None:
+            (made / "README.md").write_text(card(made), encoding="utf-8")
         if to.exists():
             to.rmdir()
         shutil.move(made, to)

@@ -16,6 +16,8 @@ from cosilo_common.diffusion.specification import Schedule, Training
 
 __all__ = [
     "Draw",
+    "anchor_pull",
+    "anchored_loss",
     "draw_noise",
     "heldout_count",
     "heldout_losses",
@@ -127,11 +129,55 @@ def per_image_loss(
     images: (b, C, H, W) in [-1, 1]; labels: (b,) int64. The target is the noise (Ho et al., arXiv 2006.11239, eq. 14)
     or the velocity (Salimans and Ho, arXiv 2202.00512), as the schedule's prediction type says.
     """
-    noisy = noiser.add_noise(images, noise, timesteps)  # (b, C, H, W)
-    target = noise if noiser.config.prediction_type == "epsilon" else noiser.get_velocity(images, noise, timesteps)
+    noisy, target = _question(noiser, images, timesteps, noise)
     predicted = unet(noisy, timesteps, class_labels=labels, return_dict=False)[0]
     losses: torch.Tensor = (predicted.float() - target).square().mean(dim=(1, 2, 3))
     return losses
+
+
+def anchored_loss(
+    unet: torch.nn.Module,
+    anchor: torch.nn.Module,
+    noiser: DDPMScheduler,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+    pull: torch.Tensor,
+) -> torch.Tensor:
+    """`per_image_loss` plus pull (b,) times the mean squared distance of the prediction from the anchor's: (b,).
+
+    anchor: the round's global model in eval mode. Where no image of the batch is pulled it is not asked.
+    """
+    noisy, target = _question(noiser, images, timesteps, noise)
+    predicted = unet(noisy, timesteps, class_labels=labels, return_dict=False)[0].float()
+    losses: torch.Tensor = (predicted - target).square().mean(dim=(1, 2, 3))
+    held = pull.nonzero()[:, 0]
+    if not len(held):
+        return losses
+    with torch.no_grad():
+        expected = anchor(noisy[held], timesteps[held], class_labels=labels[held], return_dict=False)[0].float()
+    distances = (predicted[held] - expected).square().mean(dim=(1, 2, 3))
+    return losses.index_add(0, held, pull[held] * distances)
+
+
+def _question(
+    noiser: DDPMScheduler, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noisy images, what the network should say of them), each (b, C, H, W)."""
+    noisy = noiser.add_noise(images, noise, timesteps)
+    return noisy, noise if noiser.config.prediction_type == "epsilon" else noiser.get_velocity(images, noise, timesteps)
+
+
+def anchor_pull(schedule: Schedule, training: Training) -> torch.Tensor | None:
+    """By timestep, how strongly the prediction is held to the global model's: (train_timesteps,) float32, or None for not at all.
+
+    anchor_mu from the timestep anchor_from * train_timesteps on, 0 before it.
+    """
+    if not training.anchor_mu:
+        return None
+    timesteps = torch.arange(schedule.train_timesteps)
+    return training.anchor_mu * (timesteps >= training.anchor_from * schedule.train_timesteps).to(torch.float32)
 
 
 def loss_weights(noiser: DDPMScheduler, training: Training) -> torch.Tensor | None:

@@ -20,10 +20,12 @@ EPOCHS_MAX = 1_000  # more local work than this is another run
 BATCH_MAX = 65_536  # larger than any site's memory at the smallest size
 STEPS_MAX = 10_000_000  # bounds one round's work whatever the epochs say
 LOG_SNR_TIMESTEPS = 1_000  # into which the continuous t of arXiv 2311.16538 is cut
+PARTS_MAX = 6  # as many as there are
 SEED_MAX = 2**63 - 1  # torch's generators take a signed 64-bit seed
 
 Whole = Annotated[int, Field(strict=True)]  # true, "8" and 8.0 are not numbers of anything
 Flag = Annotated[bool, Field(strict=True)]
+Part = Literal["norms", "class_embedding", "time_embedding", "encoder", "bottleneck", "decoder"]
 
 
 class Plain(BaseModel):
@@ -134,13 +136,20 @@ class Training(Plain):
     that is never trained on (at least one image). loss_buckets: equal ranges of timesteps over which the held-out loss
     is reported. seed: the run's own; see `seeding`. loss_weighting: of an image's squared error by its timestep's
     signal-to-noise ratio, see `objective.loss_weights`; min_snr_gamma is that of "min_snr". timesteps: drawn uniformly, or
-    from a scrambled Sobol sequence, which fills [0, 1) more evenly.
+    from a scrambled Sobol sequence, which fills [0, 1) more evenly. personal: the network's parts (`parts`) that stay at the
+    sites: each trains its own, none is uploaded or summed, and a checkpoint holds what the run began with, so that only a site has a
+    whole model (FedBN, arXiv 2102.07623: "norms"; FedDiffuse, arXiv 2406.12575: "encoder" is ULatDec, with "bottleneck" UDec).
+    anchor_mu: weight on the squared distance of a prediction from the round's global model's on the same noisy image (the global
+    model as teacher, as FedGKD, arXiv 2107.00051, has for classifiers), for images whose timestep is anchor_from * train_timesteps or
+    later: 0.3 leaves fine detail free and holds the sites together where their gradients part, at middle and high noise.
+    control_variates: SCAFFOLD (Karimireddy et al., arXiv 1910.06378): a site's gradients are corrected by c - c_i, what all sites'
+    gradients were on average less its own; their changes are summed under the masks with the update, which doubles both transfers.
     """
 
     local_epochs: Annotated[Whole, Field(ge=1, le=EPOCHS_MAX)] = 1
     batch_size: Annotated[Whole, Field(ge=1, le=BATCH_MAX)] = 64
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    optimiser: Literal["adam", "adamw"] = "adam"
+    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     proximal_mu: Annotated[float, Field(ge=0, le=1_000)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0
@@ -153,11 +162,19 @@ class Training(Plain):
     loss_weighting: Literal["uniform", "min_snr", "alpha_squared"] = "uniform"
     min_snr_gamma: Annotated[float, Field(gt=0, le=1e6)] = 5.0
     timesteps: Literal["uniform", "sobol"] = "uniform"
+    personal: Annotated[tuple[Part, ...], Field(max_length=PARTS_MAX)] = ()
+    anchor_mu: Annotated[float, Field(ge=0, le=1_000)] = 0.0
+    anchor_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    control_variates: Flag = False
 
     @model_validator(mode="after")
     def _decay_has_an_optimiser(self) -> Self:
         if self.weight_decay and self.optimiser == "adam":
             raise ValueError("weight_decay needs optimiser = adamw: Adam would fold the decay into its moments")
+        if len(set(self.personal)) != len(self.personal):
+            raise ValueError("personal: a part stands twice")
+        if self.anchor_from and not self.anchor_mu:
+            raise ValueError("anchor_from says where anchor_mu holds, and anchor_mu is 0: give it a weight")
         return self
 
 

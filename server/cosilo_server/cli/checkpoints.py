@@ -163,29 +163,51 @@ def export(
         ),
     ] = None,
     raw: Raw = False,
+    scores: Annotated[
+        Path | None,
+        typer.Option("--scores", metavar="FILE", help="A results.json, for the model card.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write a checkpoint as a folder that diffusers loads with from_pretrained."""
+    """Write a checkpoint as a folder that diffusers loads with from_pretrained, with a model card."""
+    from cosilo_common.rpc.v1 import admin_pb2
     from cosilo_server.cli.connection import connect
     from cosilo_server.cli.downloads import download
-    from cosilo_server.cli.manifests import fetch_manifest
+    from cosilo_server.cli.follow import fetch_rounds
+    from cosilo_server.cli.manifests import fetch_signed_manifest
+    from cosilo_server.cli.model_card import CardFacts, model_card, read_scores
     from cosilo_server.cli.run_names import find_run
     from cosilo_server.cli.torch_work import export_folder
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CosiloError("export checkpoint", f"{to} is not an empty folder", "name another folder")
+    evaluated = read_scores(scores) if scores is not None else None
     with connect(seat) as coordinator:
         summary = find_run(coordinator, run)
-        manifest, _ = fetch_manifest(coordinator, summary.run)
+        signed = fetch_signed_manifest(coordinator, summary.run)
+        manifest = signed.manifest
         classes = manifest.architecture.num_classes
         if class_index is not None and class_index >= classes:
             raise CosiloError("export checkpoint", f"class {class_index} does not exist", f"choose from 0 to {classes - 1}")
         checkpoint = _choose(_fetch_checkpoints(coordinator, summary.run), summary.name, at_round)
         artifact, digest = _artifact(checkpoint, raw)
+        facts = CardFacts(
+            manifest=manifest,
+            signer=signed.signer,
+            signature=signed.signature,
+            members_version=signed.members_version,
+            software=coordinator.ask("ask for status", coordinator.admin.GetStatus, admin_pb2.GetStatusRequest()).software,
+            checkpoint=checkpoint,
+            artifact=artifact,
+            digest=digest,
+            rounds=fetch_rounds(coordinator, summary.run),
+            class_index=class_index,
+            scores=evaluated,
+        )
         to.parent.mkdir(parents=True, exist_ok=True)
         weights = to.parent / f".{to.name}.{short(digest)}.safetensors"  # beside the folder: the same disk, found again after a cut
         download(coordinator, bytes.fromhex(digest), weights)
     try:
-        export_folder(weights, manifest.architecture, manifest.schedule, to, class_index)
+        export_folder(weights, manifest.architecture, manifest.schedule, to, class_index, lambda made: model_card(facts, made))
     finally:
         weights.unlink(missing_ok=True)
     pipeline, part = "cosilo_common.diffusion.pipeline.CosiloPipeline", ""

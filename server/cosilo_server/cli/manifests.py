@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cosilo_common.errors import CosiloError
@@ -13,8 +14,24 @@ if TYPE_CHECKING:
     from cosilo_server.cli.connection import Coordinator
 
 
+@dataclass(frozen=True)
+class SignedManifest:
+    """A manifest whose signature holds. signer: an admin in that version of the members list; signature: Ed25519, 64 bytes."""
+
+    manifest: Manifest
+    signer: str
+    signature: bytes
+    members_version: int
+
+
 def fetch_manifest(coordinator: Coordinator, run: bytes) -> tuple[Manifest, str]:
-    """The manifest of a run (SHA-256, 32 bytes) and the admin who signed it.
+    """The manifest of a run (SHA-256, 32 bytes) and the admin who signed it. Raises as `fetch_signed_manifest`."""
+    signed = fetch_signed_manifest(coordinator, run)
+    return signed.manifest, signed.signer
+
+
+def fetch_signed_manifest(coordinator: Coordinator, run: bytes) -> SignedManifest:
+    """The manifest of a run (SHA-256, 32 bytes), with who signed it and how.
 
     Raises CosiloError where the bytes are of another run, or are not signed by an admin of the newest members list.
     """
@@ -29,5 +46,6 @@ def fetch_manifest(coordinator: Coordinator, run: bytes) -> tuple[Manifest, str]
             f"the coordinator answered with another run than {short(run)}",
             "do not trust this coordinator",
         )
-    admins = fetch_members(coordinator).admins()
-    return verify_manifest(answer.manifest, answer.signature, admins, coordinator.identity.peer.federation)
+    members = fetch_members(coordinator)
+    manifest, signer = verify_manifest(answer.manifest, answer.signature, members.admins(), coordinator.identity.peer.federation)
+    return SignedManifest(manifest, signer, answer.signature, members.version)

@@ -1,7 +1,9 @@
-"""`cosilo round`: ask for rounds, list them, show one."""
+"""`cosilo round`: ask for rounds, list them, show one, show where its time went."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +15,7 @@ from cosilo_server.cli.terminal import (
     byte_words,
     columns,
     fields,
+    note,
     number_words,
     say,
     say_json,
@@ -30,6 +33,7 @@ def add_to(parent: typer.Typer) -> None:
     command(rounds, "start", start)
     command(rounds, "list", list_rounds)
     command(rounds, "show", show)
+    command(rounds, "trace", trace)
 
 
 def start(
@@ -119,6 +123,38 @@ def show(
         say_json({"run": summary.run.hex(), **found[0]})
         return
     _show(found[0])
+
+
+def trace(
+    seat: Seat,
+    run: RunName,
+    number: Annotated[int, typer.Argument(metavar="N", min=1, help="The round's number.", show_default=False)],
+    perfetto: Annotated[
+        Path | None,
+        typer.Option("--perfetto", metavar="FILE", help="Write it for ui.perfetto.dev too; replaced if it is there.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a round's time went: phases, and what each site did when."""
+    from cosilo_server.cli.connection import connect
+    from cosilo_server.cli.perfetto import trace_events
+    from cosilo_server.cli.run_names import find_run
+    from cosilo_server.cli.timeline import fetch_trace, lines
+
+    if perfetto is not None and (perfetto.is_dir() or not perfetto.parent.is_dir()):
+        raise CosiloError("write trace", f"{perfetto} cannot be a file", "name a file in a folder that is there")
+    with connect(seat) as coordinator:
+        summary = find_run(coordinator, run)
+        found = fetch_trace(coordinator, summary.run, number)
+    if perfetto is not None:
+        perfetto.write_text(json.dumps(trace_events(found, summary.name)), encoding="utf-8")
+    if as_json:
+        say_json(found)
+        return
+    for line in lines(found, summary.name):
+        say(line)
+    if perfetto is not None:
+        note(f"{perfetto}: open it at https://ui.perfetto.dev, which reads it in the browser and sends it nowhere")
 
 
 def _row(entry: RoundShape) -> tuple[str, ...]:

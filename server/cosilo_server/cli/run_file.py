@@ -21,6 +21,7 @@ from cosilo_common.manifest import (
     PLAIN_AGGREGATION,
     SECURE_AGGREGATION,
     SECURE_SITES_MIN,
+    CardTerms,
     Deadlines,
     EncodingTerms,
     Manifest,
@@ -36,6 +37,7 @@ TERMS: Final[Mapping[str, Any]] = {
     "encoding": EncodingTerms,
     "server_optimiser": ServerOptimiserTerms,
     "deadlines": Deadlines,
+    "card": CardTerms,
 }
 SCALARS: Final = ("name", "aggregation", "n_min", "f", "cohort", "rounds_max", "ema_decay", "max_rounds_per_model")
 KEYS: Final = frozenset({"preset", "participants", *SCALARS, *SECTIONS, *TERMS})

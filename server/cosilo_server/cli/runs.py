@@ -75,6 +75,8 @@ def create(
         )
         if run_file.plain:
             warn("insecure-plain-sum: updates are not masked; the coordinator sees every site's own update")
+        if manifest.training.personal:
+            warn(f"personal: {', '.join(manifest.training.personal)} stay at the sites; no checkpoint is a whole model (docs/levers.md)")
         answer = coordinator.ask(
             "create run",
             coordinator.admin.CreateRun,

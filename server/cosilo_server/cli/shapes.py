@@ -145,6 +145,47 @@ class StatusShape(TypedDict):
     runs: list[RunShape]
 
 
+class SpanShape(TypedDict):
+    """A party was busy with something in a round. began_s: since the round's start."""
+
+    party: str | None
+    lane: str
+    what: str
+    attempt: int
+    began_s: float
+    seconds: float
+    running: bool
+    bytes: int
+    pieces: int
+    outcome: str | None
+
+
+class PhaseShape(TypedDict):
+    """A phase of a round, and whom it waited for last. alone_s: for how long for nobody else."""
+
+    phase: str
+    attempt: int
+    began_s: float
+    seconds: float
+    last_site: str | None
+    alone_s: float | None
+
+
+class TraceShape(TypedDict):
+    """A round as a timeline."""
+
+    run: str
+    round: int
+    kind: str
+    phase: str
+    reason: str
+    started_unix_s: float
+    seconds: float
+    phases: list[PhaseShape]
+    spans: list[SpanShape]
+    left_out: int
+
+
 def run_shape(summary: admin_pb2.RunSummary) -> RunShape:
     """A RunSummary."""
     return {
@@ -204,6 +245,22 @@ def checkpoint_shape(checkpoint: admin_pb2.Checkpoint) -> CheckpointShape:
         "name": checkpoint.name or None,
         "kept": checkpoint.kept or None,
         "retired_unix_s": checkpoint.retired_unix_s or None,
+    }
+
+
+def span_shape(span: admin_pb2.RoundSpan, started_unix_s: float, now_unix_s: float) -> SpanShape:
+    """A RoundSpan of a round that started then."""
+    return {
+        "party": span.party or None,
+        "lane": span.lane,
+        "what": span.what,
+        "attempt": span.attempt,
+        "began_s": max(0.0, span.began_unix_s - started_unix_s),
+        "seconds": max(0.0, (span.ended_unix_s or now_unix_s) - max(span.began_unix_s, started_unix_s)),
+        "running": span.ended_unix_s == 0.0,
+        "bytes": span.bytes,
+        "pieces": span.pieces,
+        "outcome": span.outcome or None,
     }
 
 

@@ -7,6 +7,7 @@ seconds to load, and no other command waits for it. Must not know the wire.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from cosilo_common.diffusion.specification import Architecture, Schedule
@@ -20,9 +21,11 @@ def tensor_table(architecture: Architecture) -> TensorTable:
     return model.tensor_table(architecture)
 
 
-def export_folder(weights: Path, architecture: Architecture, schedule: Schedule, to: Path, class_index: int | None) -> None:
+def export_folder(
+    weights: Path, architecture: Architecture, schedule: Schedule, to: Path, class_index: int | None, card: Callable[[Path], str]
+) -> None:
     """Writes a diffusers folder from a weights or ema file, whole or not at all; class_index: for stock pipelines,
-    one class only."""
+    one class only; card: gives its README.md, from the folder."""
     from cosilo_common.diffusion.export import export_pipeline
 
-    export_pipeline(weights, architecture, schedule, to, class_index)
+    export_pipeline(weights, architecture, schedule, to, class_index, card)

@@ -170,6 +170,19 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         await self._known_run(request.run, context)
         return admin_pb2.ListRoundsResponse(rounds=await asyncio.to_thread(self._summaries.rounds, request.run))
 
+    async def GetRoundTrace(self, request: admin_pb2.GetRoundTraceRequest, context: Context) -> admin_pb2.GetRoundTraceResponse:
+        await self._gate.admin(context)
+        await self._known_run(request.run, context)
+        found = await asyncio.to_thread(self._summaries.trace, request.run, request.round)
+        if found is None:
+            await self._gate.abort(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                "unknown_round",
+                f"there is no round {request.round}; list them with `cosilo round list`",
+            )
+        return found
+
     async def WatchRun(self, request: admin_pb2.WatchRunRequest, context: Context) -> AsyncIterator[admin_pb2.WatchRunResponse]:
         peer = await self._gate.admin(context)
         await self._known_run(request.run, context)

@@ -6,13 +6,13 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 
 import grpc
 
 from cosilo_common.audit import Note
+from cosilo_common.chunk_flow import frames_from
 from cosilo_common.errors import CosiloError
-from cosilo_common.framing import frame_data
 from cosilo_common.identity.names import Peer, Role
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.transfer import FileSource
@@ -22,7 +22,9 @@ from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed
 from cosilo_server.rounds.state import Activity, Round
 from cosilo_server.services.gate import Context, Gate
+from cosilo_server.services.turns import Turns
 from cosilo_server.store import Store
+from cosilo_server.trace import FETCH
 
 PROGRESS_EVERY_CHUNKS = 16  # 16 MiB: often enough against a deadline of minutes, seldom enough to cost nothing
 NOTED_AGAIN_S = 3600.0  # the same caller's same artifact within that time is no news
@@ -60,6 +62,7 @@ async def send_artifact(
     metrics: CoordinatorMetrics,
     artifacts: Artifacts,
     notes: DownloadNotes,
+    turns: Turns,
     peer: Peer,
     request: site_pb2.GetArtifactRequest,
     context: Context,
@@ -69,10 +72,13 @@ async def send_artifact(
     sent, began = 0, time.monotonic()
     leases = ExitStack()
     serving = _round_served(conductor, site, request.digest) if peer.name.role is Role.SITE else None
+    fetch = conductor.trace.begin(serving, site, FETCH) if serving is not None else None
     try:
         source = await asyncio.to_thread(FileSource, leases.enter_context(artifacts.lease(request.digest.hex())))
     except CosiloError as error:
         leases.close()
+        if fetch is not None:
+            conductor.trace.end(fetch, "refused")
         await gate.refuse(context, error)
     try:
         if request.offset > source.size:
@@ -81,15 +87,22 @@ async def send_artifact(
             )
         yield site_pb2.GetArtifactResponse(total_bytes=source.size).SerializeToString()
         offset, count = request.offset, 0
-        while chunk := await asyncio.to_thread(source.chunk_at, offset):
-            await gate.check_still_member(peer, context)  # a removed member gets not one chunk more
-            yield frame_data(chunk)
-            offset += len(chunk)
-            sent += len(chunk)
-            count += 1
-            if serving is not None and count % PROGRESS_EVERY_CHUNKS == 0:
-                progress = Progressed(site, Activity.FETCHING, 10 * offset // source.size, offset)
-                await conductor.handle(serving.run, progress, serving.number)
+        async with turns.turn() as turn, aclosing(frames_from(source, offset)) as frames:
+            async for message, size in frames:
+                await gate.check_still_member(peer, context)  # a removed member gets not one chunk more
+                given = time.monotonic()
+                yield message
+                turn.waited(time.monotonic() - given)
+                offset += size
+                sent += size
+                if fetch is not None:
+                    fetch.bytes = sent
+                count += 1
+                if serving is not None and count % PROGRESS_EVERY_CHUNKS == 0:
+                    progress = Progressed(site, Activity.FETCHING, 10 * offset // source.size, offset)
+                    await conductor.handle(serving.run, progress, serving.number)
+        if fetch is not None:
+            conductor.trace.end(fetch)
         metrics.transfer_duration.labels(direction="down").observe(time.monotonic() - began)
         leases.close()
         notes.downloaded(str(peer.name), request.digest.hex(), source.size)
@@ -99,6 +112,8 @@ async def send_artifact(
         leases.close()
         if peer.name.role is Role.SITE:
             metrics.transfer_bytes.labels(direction="down", site=site).inc(sent)
+        if fetch is not None:
+            conductor.trace.end(fetch, "cut")  # unless it has ended well
         if serving is not None:
             await asyncio.to_thread(store.add_bytes, serving.run, serving.number, sent, 0)
 

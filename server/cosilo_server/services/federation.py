@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import UTC, datetime
-from typing import Any
 
 import grpc
 import structlog
@@ -30,7 +29,8 @@ from cosilo_server.services.ca import CaDesk
 from cosilo_server.services.downloads import DownloadNotes, send_artifact
 from cosilo_server.services.gate import Context, Gate
 from cosilo_server.services.translation import ACTIVITY_FROM_WIRE, DECLINE_FROM_WIRE, assignment_to_wire
-from cosilo_server.services.uploads import UploadDesk
+from cosilo_server.services.turns import Turns
+from cosilo_server.services.uploads import UploadDesk, messages_of
 from cosilo_server.store import SiteSeen, Store
 from cosilo_server.verification import is_repeat, is_superfluous, verified_event
 
@@ -63,6 +63,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
     ) -> None:
         self._note = note
         self._downloads = DownloadNotes(note)
+        self._turns = Turns()
         self._gate = gate
         self._conductor = conductor
         self._store = store
@@ -135,8 +136,9 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         told: object = None
         try:
             async with self._conductor.watch() as changed:
+                reader.add_done_callback(lambda _: changed.set())
                 while not reader.done():
-                    await _either(changed, reader)
+                    await changed.wait()
                     changed.clear()
                     await self._gate.check_still_member(peer, context)
                     owed = self._conductor.owed(site)
@@ -193,7 +195,7 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
             why = "was retired by the retention policy" if known else "is not in the store"
             await self._gate.abort(context, grpc.StatusCode.NOT_FOUND, "unknown_artifact", f"digest {digest[:12]} {why}")
         async for response in send_artifact(
-            self._gate, self._conductor, self._store, self._metrics, self._artifacts, self._downloads, peer, request, context
+            self._gate, self._conductor, self._store, self._metrics, self._artifacts, self._downloads, self._turns, peer, request, context
         ):
             yield response
 
@@ -215,8 +217,8 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
         """PutUpdate, with its requests as bytes."""
         peer = await self._gate.site(context)
         try:
-            async with self._conductor.watch() as changed:
-                requests = self._gate.while_member(peer, aiter(request_iterator), changed, context)
+            async with self._conductor.watch() as changed, messages_of(request_iterator) as messages:
+                requests = self._gate.while_member(peer, messages, changed, context)
                 async with aclosing(self._uploads.receive(peer.name.name, requests)) as responses:
                     async for response in responses:
                         yield response
@@ -284,13 +286,3 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
     async def GetMembers(self, request: site_pb2.GetMembersRequest, context: Context) -> site_pb2.GetMembersResponse:
         await self._gate.site(context)
         return site_pb2.GetMembersResponse(members=self._members.data(), trust=self._ca.trust() if self._ca else b"")
-
-
-async def _either(changed: asyncio.Event, reader: asyncio.Future[None]) -> None:
-    """Waits for a change, or for the end of what the site says."""
-    waiter = asyncio.ensure_future(changed.wait())
-    either: set[asyncio.Future[Any]] = {waiter, reader}
-    try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiter.cancel()

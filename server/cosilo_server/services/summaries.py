@@ -19,6 +19,7 @@ from cosilo_server.rounds.machine import has_delivered
 from cosilo_server.rounds.state import Round
 from cosilo_server.services.translation import ACTIVITY_TO_WIRE, DECLINE_TO_WIRE, KIND_TO_WIRE, PHASE_TO_WIRE
 from cosilo_server.store import Store, StoredRound, StoredRun
+from cosilo_server.trace import SPANS_TOLD
 
 
 class Summaries:
@@ -57,6 +58,32 @@ class Summaries:
         """A run's newest round, if it has had one."""
         newest = self._store.newest_round(run)
         return self._round(newest) if newest else None
+
+    def trace(self, run: bytes, number: int) -> admin_pb2.GetRoundTraceResponse | None:
+        """What took how long in a round; None where there was no such round."""
+        stored = self._store.round(run, number)
+        if stored is None:
+            return None
+        spans = self._conductor.trace.spans(run, number)
+        return admin_pb2.GetRoundTraceResponse(
+            summary=self._round(stored),
+            spans=[
+                admin_pb2.RoundSpan(
+                    party=span.party,
+                    lane=span.lane,
+                    what=span.what,
+                    attempt=span.attempt,
+                    began_unix_s=span.began_at,
+                    ended_unix_s=span.ended_at,
+                    bytes=span.bytes,
+                    pieces=span.pieces,
+                    outcome=span.outcome,
+                )
+                for span in spans[:SPANS_TOLD]
+            ],
+            left_out=max(0, self._store.spans.count(run, number) - SPANS_TOLD) if len(spans) > SPANS_TOLD else 0,
+            now_unix_s=time.time(),
+        )
 
     def watch(self, run: bytes) -> admin_pb2.WatchRunResponse:
         """A run and its newest round."""

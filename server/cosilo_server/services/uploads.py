@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, suppress
 
 from google.protobuf.message import DecodeError
 
+from cosilo_common.chunk_flow import WriteBehind
 from cosilo_common.errors import CosiloError
 from cosilo_common.framing import data_of
 from cosilo_common.rpc.v1 import site_pb2
@@ -24,8 +25,10 @@ from cosilo_server.conductor import Conductor
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed, UploadReceived
 from cosilo_server.rounds.state import Activity, Phase, Round, Upload
+from cosilo_server.services.turns import Turn, Turns
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store
+from cosilo_server.trace import DIGEST, UPLOAD
 from cosilo_server.verification import verified_upload
 
 HEADER_TIMEOUT_S = 20.0  # the header follows the call at once
@@ -45,6 +48,7 @@ class UploadDesk:
         self._metrics = metrics
         self._stall_s = stall_s
         self._receiving: set[tuple[bytes, str]] = set()
+        self._turns = Turns()
 
     async def receive(self, site: str, requests: AsyncIterator[bytes]) -> AsyncGenerator[site_pb2.PutUpdateResponse]:
         """One upload call. Raises CosiloError (ProtocolViolation, TransferError) with what is wrong.
@@ -82,14 +86,15 @@ class UploadDesk:
         if await asyncio.to_thread(self._stands, state, site, body.digest.hex()):  # arrived whole just before a crash
             yield site_pb2.PutUpdateResponse(resume_offset=body.size_bytes)
         else:
-            sink = await self._sink(state, site, body)
-            try:
-                if sink.offset:
-                    self._metrics.upload_resumed.inc()
-                yield site_pb2.PutUpdateResponse(resume_offset=sink.offset)
-                await self._fill(sink, iterator, state, site)
-            finally:
-                sink.close()  # also where the call is cancelled at the answer above: the sink holds a descriptor and a lock
+            async with self._turns.turn() as turn:  # before the answer: until then the site sends nothing that would lie in memory
+                sink = await self._sink(state, site, body)
+                try:
+                    if sink.offset:
+                        self._metrics.upload_resumed.inc()
+                    yield site_pb2.PutUpdateResponse(resume_offset=sink.offset)
+                    await self._fill(sink, iterator, state, site, turn)
+                finally:
+                    sink.close()  # also where the call is cancelled at the answer above: the sink holds a descriptor and a lock
         await self._deliver(state, site, signed, body)
         yield site_pb2.PutUpdateResponse(stored=True)
 
@@ -125,34 +130,45 @@ class UploadDesk:
         run, number = state.run.hex(), state.number
         return self._spool.whole(run, number, site) and file_digest(self._spool.path(run, number, site)) == digest
 
-    async def _fill(self, sink: FileSink, requests: AsyncIterator[bytes], state: Round, site: str) -> None:
+    async def _fill(self, sink: FileSink, requests: AsyncIterator[bytes], state: Round, site: str, turn: Turn) -> None:
         began, received, count = time.monotonic(), 0, 0
+        trace = self._conductor.trace
+        upload = trace.begin(state, site, UPLOAD)
         chunks_max = sink.size // CHUNK_BYTES + SMALL_CHUNKS_MAX
         now = asyncio.get_running_loop().time
         due, due_bytes = now() + self._stall_s, STALL_BYTES
         try:
-            while not sink.complete:
-                if received >= due_bytes:
-                    due, due_bytes = now() + self._stall_s, received + STALL_BYTES
-                chunk = data_of(await _next(requests, max(0.0, due - now()), self._stall_s))
-                if chunk is None:
-                    raise TransferError(Refusal.BAD_DECLARATION, "upload", "after the header come chunks of data, and nothing else")
-                await asyncio.to_thread(sink.append, sink.offset, chunk)
-                received += len(chunk)
-                count += 1
-                if count > chunks_max:
-                    raise TransferError(Refusal.OUT_OF_ORDER, "upload", f"{count} chunks: they are too small", "send 1 MiB in each")
-                current = self._conductor.round(state.run)
-                here = (state.number, state.attempt, Phase.UPLOADING)
-                if current is None or (current.number, current.attempt, current.phase) != here:
-                    raise ProtocolViolation(Rule.ORDER, f"attempt {state.attempt} of round {state.number} takes no uploads any more")
-                if count % PROGRESS_EVERY_CHUNKS == 0:
-                    await self._require_room(sink)
-                    progress = Progressed(site, Activity.UPLOADING, 10 * sink.offset // sink.size, sink.offset)
-                    await self._conductor.handle(state.run, progress, state.number)
+            async with WriteBehind(sink) as writing:
+                while writing.offset < sink.size:
+                    if received >= due_bytes:
+                        due, due_bytes = now() + self._stall_s, received + STALL_BYTES
+                    asked = now()
+                    chunk = data_of(await _next(requests, max(0.0, due - asked), self._stall_s))
+                    turn.waited(now() - asked)
+                    if chunk is None:
+                        raise TransferError(Refusal.BAD_DECLARATION, "upload", "after the header come chunks of data, and nothing else")
+                    await writing.append(chunk)
+                    received += len(chunk)
+                    upload.bytes = received
+                    count += 1
+                    if count > chunks_max:
+                        raise TransferError(Refusal.OUT_OF_ORDER, "upload", f"{count} chunks: they are too small", "send 1 MiB in each")
+                    current = self._conductor.round(state.run)
+                    here = (state.number, state.attempt, Phase.UPLOADING)
+                    if current is None or (current.number, current.attempt, current.phase) != here:
+                        raise ProtocolViolation(Rule.ORDER, f"attempt {state.attempt} of round {state.number} takes no uploads any more")
+                    if count % PROGRESS_EVERY_CHUNKS == 0:
+                        await self._require_room(sink)
+                        progress = Progressed(site, Activity.UPLOADING, 10 * sink.offset // sink.size, sink.offset)
+                        await self._conductor.handle(state.run, progress, state.number)
+                await writing.settle()
+            trace.end(upload)
+            upload = trace.begin(state, site, DIGEST)
             await asyncio.to_thread(sink.finish)
+            trace.end(upload)
             self._metrics.transfer_duration.labels(direction="up").observe(time.monotonic() - began)
         finally:
+            trace.end(upload, "cut")  # unless it has ended well
             self._metrics.transfer_bytes.labels(direction="up", site=site).inc(received)
             await asyncio.to_thread(self._store.add_bytes, state.run, state.number, 0, received)
 
@@ -170,9 +186,22 @@ class UploadDesk:
             raise ProtocolViolation(Rule.ORDER, refused)
 
 
+@asynccontextmanager
+async def messages_of(requests: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+    """A call's messages, let go of at the end: gRPC keeps an ended call's iterator, and in it the last chunk, until other calls come."""
+    messages = aiter(requests)
+    try:
+        yield messages
+    finally:
+        if isinstance(messages, AsyncGenerator):
+            with suppress(RuntimeError):  # a cancelled read has not ended yet: it frees the chunk itself
+                await messages.aclose()
+
+
 async def _next(requests: AsyncIterator[bytes], timeout_s: float, stall_s: float) -> bytes:
     try:
-        return await asyncio.wait_for(anext(requests), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await anext(requests)
     except StopAsyncIteration:
         raise TransferError(Refusal.INCOMPLETE, "upload", "the stream ended before the upload was whole", "resume it") from None
     except TimeoutError:

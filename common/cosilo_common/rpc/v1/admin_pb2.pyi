@@ -737,6 +737,124 @@ class SiteProgress(_message.Message):
 Global___SiteProgress: _TypeAlias = SiteProgress  # noqa: Y015
 
 @_typing.final
+class GetRoundTraceRequest(_message.Message):
+    """Which round of which run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    run: _builtins.bytes
+    """SHA-256 of the manifest"""
+    round: _builtins.int
+    """its number"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRoundTraceRequest: _TypeAlias = GetRoundTraceRequest  # noqa: Y015
+
+@_typing.final
+class GetRoundTraceResponse(_message.Message):
+    """Its spans; those of rounds that are long over are forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    NOW_UNIX_S_FIELD_NUMBER: _builtins.int
+    left_out: _builtins.int
+    """further ones"""
+    now_unix_s: _builtins.float
+    """the coordinator's clock, where something goes on"""
+    @_builtins.property
+    def summary(self) -> Global___RoundSummary:
+        """the round"""
+
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSpan]:
+        """at most 20,000"""
+
+    def __init__(
+        self,
+        *,
+        summary: Global___RoundSummary | None = ...,
+        spans: _abc.Iterable[Global___RoundSpan] | None = ...,
+        left_out: _builtins.int = ...,
+        now_unix_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "now_unix_s", b"now_unix_s", "spans", b"spans", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRoundTraceResponse: _TypeAlias = GetRoundTraceResponse  # noqa: Y015
+
+@_typing.final
+class RoundSpan(_message.Message):
+    """A party was busy with something."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTY_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    WHAT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    BEGAN_UNIX_S_FIELD_NUMBER: _builtins.int
+    ENDED_UNIX_S_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    party: _builtins.str
+    """a site, or "" for the coordinator"""
+    lane: _builtins.str
+    """phase, opening, owed, says, transfer"""
+    what: _builtins.str
+    """the thing itself, e.g. uploading, upload, reconstruct"""
+    attempt: _builtins.int
+    """of the masking protocol"""
+    began_unix_s: _builtins.float
+    """UTC"""
+    ended_unix_s: _builtins.float
+    """0: it goes on"""
+    bytes: _builtins.int
+    """that it moved"""
+    pieces: _builtins.int
+    """how many of the kind it stands for, where there were too many"""
+    outcome: _builtins.str
+    """"" where it went well; late, declined, cut, refused, unfinished"""
+    def __init__(
+        self,
+        *,
+        party: _builtins.str = ...,
+        lane: _builtins.str = ...,
+        what: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        began_unix_s: _builtins.float = ...,
+        ended_unix_s: _builtins.float = ...,
+        bytes: _builtins.int = ...,
+        pieces: _builtins.int = ...,
+        outcome: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "began_unix_s", b"began_unix_s", "bytes", b"bytes", "ended_unix_s", b"ended_unix_s", "lane", b"lane", "outcome", b"outcome", "party", b"party", "pieces", b"pieces", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundSpan: _TypeAlias = RoundSpan  # noqa: Y015
+
+@_typing.final
 class WatchRunRequest(_message.Message):
     """Which run to watch."""
 

@@ -86,6 +86,11 @@ class AdminServiceStub:
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsRequest.SerializeToString,
                 response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsResponse.FromString,
                 _registered_method=True)
+        self.GetRoundTrace = channel.unary_unary(
+                '/cosilo.v1.AdminService/GetRoundTrace',
+                request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetRoundTraceRequest.SerializeToString,
+                response_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetRoundTraceResponse.FromString,
+                _registered_method=True)
         self.WatchRun = channel.unary_stream(
                 '/cosilo.v1.AdminService/WatchRun',
                 request_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.WatchRunRequest.SerializeToString,
@@ -207,6 +212,13 @@ class AdminServiceServicer:
 
     def ListRounds(self, request, context):
         """A run's rounds, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRoundTrace(self, request, context):
+        """What took how long in one of them: phases, what each site owed and moved, the steps of opening the sum.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -334,6 +346,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListRounds,
                     request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsRequest.FromString,
                     response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsResponse.SerializeToString,
+            ),
+            'GetRoundTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRoundTrace,
+                    request_deserializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetRoundTraceRequest.FromString,
+                    response_serializer=cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetRoundTraceResponse.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRun,
@@ -657,6 +674,33 @@ class AdminService:
             '/cosilo.v1.AdminService/ListRounds',
             cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsRequest.SerializeToString,
             cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.ListRoundsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRoundTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cosilo.v1.AdminService/GetRoundTrace',
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetRoundTraceRequest.SerializeToString,
+            cosilo__common_dot_rpc_dot_v1_dot_admin__pb2.GetRoundTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

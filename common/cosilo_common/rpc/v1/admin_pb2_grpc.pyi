@@ -56,6 +56,8 @@ class AdminServiceStub:
     """A paused run goes on at once."""
     ListRounds: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRoundsRequest, _admin_pb2.ListRoundsResponse]
     """A run's rounds, oldest first."""
+    GetRoundTrace: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetRoundTraceRequest, _admin_pb2.GetRoundTraceResponse]
+    """What took how long in one of them: phases, what each site owed and moved, the steps of opening the sum."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.WatchRunResponse]
     """A run as it goes: a snapshot at once and at every change, at most a few a second."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListCheckpointsRequest, _admin_pb2.ListCheckpointsResponse]
@@ -102,6 +104,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """A paused run goes on at once."""
     ListRounds: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRoundsRequest, _admin_pb2.ListRoundsResponse]  # type: ignore[assignment]
     """A run's rounds, oldest first."""
+    GetRoundTrace: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetRoundTraceRequest, _admin_pb2.GetRoundTraceResponse]  # type: ignore[assignment]
+    """What took how long in one of them: phases, what each site owed and moved, the steps of opening the sum."""
     WatchRun: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.WatchRunResponse]  # type: ignore[assignment]
     """A run as it goes: a snapshot at once and at every change, at most a few a second."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListCheckpointsRequest, _admin_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
@@ -205,6 +209,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListRoundsResponse, _abc.Awaitable[_admin_pb2.ListRoundsResponse]]:
         """A run's rounds, oldest first."""
+
+    @_abc_1.abstractmethod
+    def GetRoundTrace(
+        self,
+        request: _admin_pb2.GetRoundTraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetRoundTraceResponse, _abc.Awaitable[_admin_pb2.GetRoundTraceResponse]]:
+        """What took how long in one of them: phases, what each site owed and moved, the steps of opening the sum."""
 
     @_abc_1.abstractmethod
     def WatchRun(
