@@ -69,6 +69,7 @@ async def send_artifact(
 ) -> AsyncIterator[bytes]:
     """Chunks of an artifact that the caller may have, from the offset to the end."""
     site = peer.name.name
+    now = asyncio.get_running_loop().time
     sent, began = 0, time.monotonic()
     leases = ExitStack()
     serving = _round_served(conductor, site, request.digest) if peer.name.role is Role.SITE else None
@@ -90,9 +91,9 @@ async def send_artifact(
         async with turns.turn() as turn, aclosing(frames_from(source, offset)) as frames:
             async for message, size in frames:
                 await gate.check_still_member(peer, context)  # a removed member gets not one chunk more
-                given = time.monotonic()
+                given = now()
                 yield message
-                turn.waited(time.monotonic() - given)
+                turn.waited(now() - given)
                 offset += size
                 sent += size
                 if fetch is not None:

@@ -8,7 +8,6 @@ for one longer than TURN_WAIT_S. A slow site never holds up another, and thirty 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -48,10 +47,10 @@ class Turns:
 
     def _tidy(self) -> None:
         """Gives back what the chunks of a transfer left free between smaller things; without it the heap grows with every thirty uploads."""
-        now = time.monotonic()
-        if now - self._tidied >= TIDY_S:
-            self._tidied = now
-            asyncio.get_running_loop().run_in_executor(None, give_back)
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._tidied >= TIDY_S:
+            self._tidied = loop.time()
+            loop.run_in_executor(None, give_back)
 
 
 class Turn:
