@@ -95,7 +95,7 @@ def speeds(names: tuple[str, ...], threads: int, turns: int) -> Iterator[Figure]
 
 
 def warm_start(name: str) -> Iterator[Figure]:
-    """A trainer's second round: from the job to its first optimiser step, without that step's work.
+    """A trainer's second round: from the job to its first optimiser step, that batch's gradients included.
 
     The measuring of held-out losses, which every round begins with, is left out of the first figure and is the second.
     """

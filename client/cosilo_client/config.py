@@ -100,7 +100,8 @@ class MetricsTable(_Table):
 class TrainerTable(_Table):
     """How the trainer process runs.
 
-    device: "auto" takes a CUDA device where there is one. threads: of the CPU, 0 for all that the process may use.
+    device: "auto" takes a CUDA device where there is one. threads: of the CPU, 0 for all that the process may use;
+    where several sites share a machine, set it, or they wait for one another.
     idle_s: how long the process stays warm between rounds. gpus: processes, one a GPU, that train together.
     """
 
