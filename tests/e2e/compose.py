@@ -52,7 +52,7 @@ max_steps = 16
 
 [deadlines]
 gather_s = 60
-training_s = 30
+training_s = 45
 sharing_s = 30
 uploading_s = 30
 consenting_s = 30
