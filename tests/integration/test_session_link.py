@@ -27,7 +27,7 @@ SLOW_BYTES_PER_S: Final = 1e6
 SLOW_DELAY_S: Final = 0.1  # each way: a round trip of 200 ms
 
 
-def test_both_ends_ask_a_silent_link_and_give_up_within_30_s() -> None:
+async def test_both_ends_ask_a_silent_link_and_give_up_within_30_s() -> None:
     assert (KEEPALIVE_MS + KEEPALIVE_TIMEOUT_MS) / 1000 <= DETECTED_S - 2  # a little for the clocks of two event loops
     for options in (client_options(), server_options()):
         assert dict(options)["grpc.keepalive_time_ms"] == KEEPALIVE_MS
