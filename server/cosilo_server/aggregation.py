@@ -6,7 +6,6 @@ of sites: everything larger is a file. Must not know who sent what, nor how a su
 Every call blocks: callers on an event loop use a thread.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 
-from cosilo_common.canonical import u64
 from cosilo_common.clip_ranges import TensorPeaks
 from cosilo_common.diffusion.parts import Split
 from cosilo_common.encoding import Encoding, OpenedTail, SumRefused, Words
@@ -62,15 +60,11 @@ class Checkpoint:
 class Aggregate:
     """What a closed round gives.
 
-    tail: the verified one; sum_digest: hex SHA-256 of the opened value words (4 bytes each, little endian), the total
-    weight and the count of contributors (8 bytes each, big endian), empty for a rehearsal, whose values are known: all are
-    zero; update_norm: Euclidean norm of the mean update,
-    before the server's learning rate; tensor_peaks: the largest absolute value of the mean update in each tensor, where
-    b = 24, else none.
+    tail: the verified one; update_norm: Euclidean norm of the mean update, before the server's learning rate; tensor_peaks:
+    the largest absolute value of the mean update in each tensor, where b = 24, else none.
     """
 
     tail: OpenedTail
-    sum_digest: str
     checkpoint: Checkpoint
     update_norm: float
     tensor_peaks: tuple[float, ...] = ()
@@ -135,15 +129,13 @@ class Aggregation:
         require_free_bytes(self.artifacts.root, _WORD_BYTES * ((5 if self.controlled else 4) * self.table.size + BLOCK_WORDS))
         with ExitStack() as files:
             step = _Step(self, base, opening.provisional_tail(), files)
-            hasher = hashlib.sha256()
             for start, words in opening:
-                hasher.update(_bytes(words))
                 step.block(start, words)
             tail = opening.tail
             if (tail.total_weight, tail.contributors) != (step.total_weight, step.contributors):
                 raise SumRefused(_STEP, "the total weight changed while the sum was opened", "start the round again")
             checkpoint = step.finish()
-        return Aggregate(tail, _sum_digest(hasher, tail), checkpoint, step.norm, step.tensor_peaks)
+        return Aggregate(tail, checkpoint, step.norm, step.tensor_peaks)
 
     def rehearse(self, base: Checkpoint, opening: Opening) -> Aggregate:
         """Check that a rehearsal's sum is exactly zero; the checkpoint stays the same. Raises SumRefused where it is
@@ -155,7 +147,7 @@ class Aggregation:
             zero = zero and not words.any()
         if not zero:
             raise SumRefused("close the rehearsal", "its sum is not zero", "find out why before you train")
-        return Aggregate(opening.tail, "", base, 0.0)
+        return Aggregate(opening.tail, base, 0.0)
 
     def _require_fit(self) -> None:
         summed = self.split.summed_size
@@ -286,15 +278,6 @@ class SharedRuns:
             shift = place.stop - end
             yield slice(start + shift, min(stop, end) + shift)
             start, index = end, index + 1
-
-
-def _sum_digest(hasher: "hashlib._Hash", tail: OpenedTail) -> str:
-    hasher.update(u64(tail.total_weight) + u64(tail.contributors))
-    return hasher.hexdigest()
-
-
-def _bytes(words: Words) -> memoryview:
-    return np.ascontiguousarray(words, dtype="<u4").data.cast("B")
 
 
 def _sum_of_squares(block: Vector) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cosilo_common.diffusion.model import tensor_table
 from cosilo_common.weights import open_vector
@@ -24,7 +23,8 @@ from tests.system.chaos import QUICK, Cell, Chaos, Group, matrix, table
 from tests.system.chaos_federation import BreakableFederation
 from tests.system.reference import CAP, CLIP, Vector, plan, recipe_of, site_data, train_at_site
 
-pytestmark = pytest.mark.timeout(600)  # five processes that each load torch: minutes where others share the machine
+# Five processes that each load torch: minutes where others share the machine.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_a_trainer_does")]
 
 SEED = 32
 SHORT_S, PATIENT_S = 6.0, 120.0  # a round waits so long for a site that is gone; and for trainers that start
@@ -36,16 +36,6 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BreakableFe
     with BreakableFederation(tmp_path_factory.mktemp("chaos")) as federation:
         federation.start()
         yield federation
-
-
-@pytest.fixture(autouse=True)
-def _as_a_trainer_does() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def test_the_matrix_has_every_phase_and_its_cells_have_names_of_their_own() -> None:

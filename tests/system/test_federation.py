@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from cosilo_common.diffusion.pipeline import CosiloPipeline
@@ -20,7 +19,8 @@ from tests.federation.processes import FederationError
 from tests.federation.summary import summarise
 from tests.system.reference import ROUNDS, check_against_the_loop, plan, site_data
 
-pytestmark = pytest.mark.timeout(600)  # five processes that each load torch: minutes where others share the machine
+# Five processes that each load torch: minutes where others share the machine.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_a_trainer_does")]
 
 TAIL_WORDS = 1 + 5 + 1 + 1 + 64  # PROTOCOL.md, Encoding: weight, 4 buckets and the training loss, clip ratio, one, zeros
 LATE_S = 30.0  # a warm trainer's tenth takes half a second; a cold start on a machine that others share has taken 17
@@ -38,17 +38,6 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFedera
         run = create(federation, "warm-up", QUICK_STEPS)
         federation.run_rounds(run, 1, "--statistics")
         yield federation
-
-
-@pytest.fixture(autouse=True)
-def _as_a_trainer_does() -> Iterator[None]:
-    """The trainer's own settings on a CPU: one thread, as the sites' TOML says, and deterministic kernels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def create(federation: LocalFederation, name: str, steps: int, **more: Any) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from cosilo_common.diffusion.model import tensor_table
 from cosilo_common.diffusion.parts import split_of
@@ -16,7 +15,7 @@ from tests.federation.digits import digits_sites
 from tests.federation.local import LocalFederation
 from tests.system.reference import CAP, CLIP, TRAINING, Vector, plan, recipe_of, site_data, train_at_site, trained_weights
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_a_trainer_does")]
 
 SEED = 77
 PARTS = ("norms", "class_embedding")
@@ -29,16 +28,6 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFedera
     with LocalFederation(root, digits_sites(root, 4, alpha=0.5, least=200, seed=1)) as federation:
         federation.start()
         yield federation
-
-
-@pytest.fixture(autouse=True)
-def _as_a_trainer_does() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def test_sites_keep_their_own_and_the_rest_is_the_plain_loops(federation: LocalFederation) -> None:

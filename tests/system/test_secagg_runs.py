@@ -7,7 +7,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import torch
 
 from cosilo_client.daemon import site_identity
 from cosilo_client.vault import Keeps, Vault
@@ -219,11 +217,11 @@ def test_a_round_is_counted_to_the_last_drop(federation: LocalFederation, traced
     assert sum(seconds.values()) == pytest.approx(traced.entry["seconds"], abs=0.1)
 
 
+@pytest.mark.usefixtures("as_a_trainer_does")
 def test_the_clipped_share_is_the_sum_s(federation: LocalFederation, traced: Traced) -> None:
     recipe, entry = recipe_of(TRACED_SEED), traced.entry
     base = np.array(open_vector(federation.artifact(entry["base"]), tensor_table(recipe.architecture)))
-    with as_a_trainer_does():
-        updates = [train_at_site(entry["round"], site, site_data(federation)[site], base, recipe)[1] for site in entry["survivors"]]
+    updates = [train_at_site(entry["round"], site, site_data(federation)[site], base, recipe)[1] for site in entry["survivors"]]
     share = np.mean([np.mean(np.abs(update) > np.float64(TRACED_CLIP)) for update in updates])
     assert 0.05 < share < 0.95
     assert entry["losses"]["clip_ratio"] == pytest.approx(share, abs=1e-8)  # a unit of the tail, 1 / Q, a site
@@ -327,16 +325,3 @@ def _pieces(secret: bytes) -> list[bytes]:
         return [secret]
     step = len(secret) // 12 // 64 * 64
     return [piece for at in range(0, len(secret) - 64, step) if len(set(piece := secret[at : at + 64])) > 8]
-
-
-@contextmanager
-def as_a_trainer_does() -> Iterator[None]:
-    """The trainer's own settings on a CPU: one thread and deterministic kernels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(threads)
