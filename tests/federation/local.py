@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from cosilo_server.cli.commands import Seat
 from cosilo_server.cli.connection import connect
 from cosilo_server.cli.follow import snapshots
 from cosilo_server.cli.watching import Snapshot
+from cosilo_server.enrolment import ATTEMPTS_MAX, ATTEMPTS_WINDOW_S
 from tests.federation.processes import Daemon, FederationError, run_command, wait_until
 from tests.federation.toml_files import Toml, to_toml
 
@@ -95,7 +97,9 @@ class LocalFederation:
         """Everything up to sites that are members and connected."""
         self.initialise()
         self.start_coordinator()
-        for name in self.sites:
+        for count, name in enumerate(self.sites):
+            if count and count % ATTEMPTS_MAX == 0:
+                time.sleep(ATTEMPTS_WINDOW_S)  # all of them come from one address, which the coordinator lets try so often
             self.enrol(name)
             self.daemon(name).start()
         for name in self.sites:

@@ -25,7 +25,7 @@ def anchored_loop(start: np.ndarray, data: DeviceImages, training: Training, see
     unet, frozen = build_unet(TINY), build_unet(TINY)
     load_vector(unet, start)
     load_vector(frozen, start)
-    optimiser = torch.optim.Adam(unet.parameters(), lr=training.learning_rate)
+    optimiser = torch.optim.Adam(unet.parameters(), lr=training.learning_rate, fused=True)
     generator, noiser = torch.Generator().manual_seed(seed), noise_schedule(SCHEDULE)
     for batch in data.train[torch.randperm(len(data.train), generator=generator)].split(training.batch_size):
         timesteps = torch.randint(0, SCHEDULE.train_timesteps, (len(batch),), generator=generator)

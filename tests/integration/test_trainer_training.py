@@ -69,7 +69,7 @@ def plain_loop(start: np.ndarray, data: DeviceImages, training: Training, seed: 
     load_vector(unet, start)
     anchors = [parameter.detach().clone() for parameter in unet.parameters()]
     optimiser_kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimiser]
-    optimiser = optimiser_kind(unet.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimiser = optimiser_kind(unet.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(seed)
     noiser = noise_schedule(SCHEDULE)
     for _ in range(training.local_epochs):

@@ -50,7 +50,7 @@ def train_at_site(number: int, site: str, data: DataConfig, weights: Vector, rec
     images, labels = torch.from_numpy(local.images), torch.from_numpy(local.labels)
     unet, noiser = build_unet(recipe.architecture), noise_schedule(recipe.schedule)
     load_vector(unet, weights)
-    optimiser = torch.optim.Adam(unet.parameters(), lr=recipe.training.learning_rate)
+    optimiser = torch.optim.Adam(unet.parameters(), lr=recipe.training.learning_rate, fused=True)
     g = torch.Generator().manual_seed(site_seed(number, site, recipe.training.seed))
     order = chosen[torch.randperm(len(chosen), generator=g)]
     for batch in torch.split(order, recipe.training.batch_size)[: recipe.training.max_steps]:

@@ -128,7 +128,7 @@ def _papers_loop(narrow: Architecture, start: np.ndarray, data: DeviceImages, re
     """Adam made anew; t from a scrambled Sobol sequence; log-SNR = -log(expm1(1e-4 + 10 t^2)); (v - v')^2 SNR / (SNR + 1)."""
     unet = build_unet(narrow)
     load_vector(unet, start.astype(np.float32))
-    optimiser = torch.optim.Adam(unet.parameters(), lr=recipe.learning_rate)
+    optimiser = torch.optim.Adam(unet.parameters(), lr=recipe.learning_rate, fused=True)
     generator, sequence = torch.Generator().manual_seed(seed), torch.quasirandom.SobolEngine(1, scramble=True, seed=seed)
     losses = []
     for _ in range(recipe.local_epochs):

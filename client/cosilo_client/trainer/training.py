@@ -88,7 +88,7 @@ def train(
     parameters = list(module.parameters())
     anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
     teacher = _Teacher.of(module, schedule, training)
-    optimiser = build_optimiser(parameters, training, place)
+    optimiser = build_optimiser(parameters, training)
     meter = _Meter(steps_in_round(len(data.train), training), place, report)
     module.train()
     for batch in batches(data, schedule, training, generator, seed):
@@ -144,11 +144,11 @@ def _cut(order: torch.Tensor, training: Training) -> tuple[torch.Tensor, ...]:
     return torch.tensor_split(order, min(len(order), training.steps_per_epoch))
 
 
-def build_optimiser(parameters: list[torch.nn.Parameter], training: Training, place: Workplace) -> torch.optim.Optimizer:
-    """Adam or AdamW with torch's betas and epsilon, or SGD without momentum, fresh for each round; fused on CUDA, plain on the CPU."""
+def build_optimiser(parameters: list[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """Adam or AdamW with torch's betas and epsilon, or SGD without momentum, fresh for each round. Fused: one pass over each tensor."""
     kind: type[torch.optim.SGD] | type[torch.optim.Adam]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[training.optimiser]
-    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True if place.cuda else None)
+    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
 
 
 @dataclass(frozen=True)
