@@ -199,7 +199,7 @@ def _show(row: Row) -> None:
 def _cpu_s(process: psutil.Process) -> float:
     """Of a process and of what it has started."""
     times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
+    return float(sum(one.user + one.system for one in times))
 
 
 if __name__ == "__main__":

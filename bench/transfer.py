@@ -110,7 +110,7 @@ class _Process:
 
     def cpu_s(self) -> float:
         times = psutil.Process(self._child.pid).cpu_times()
-        return times.user + times.system
+        return float(times.user + times.system)
 
     def close(self) -> None:
         assert self._child.stdin is not None

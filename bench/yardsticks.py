@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def raw_tls_s(size: int, downs: int, ups: int, streams: int = 1) -> float:
                 listener.settimeout(60)
                 peers = [context.wrap_socket(listener.accept()[0], server_side=True) for _ in range(streams)]
                 began_s = time.perf_counter()
-                _in_threads([lambda peer=peer: _serve(peer, size, downs // streams, ups // streams) for peer in peers])
+                _in_threads([partial(_serve, peer, size, downs // streams, ups // streams) for peer in peers])
                 taken_s = time.perf_counter() - began_s
             finally:
                 child.wait(60)
