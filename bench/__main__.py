@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{'quick' if arguments.quick else 'bench'}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     figures: list[Figure] = []
     began_s = time.monotonic()
     for name in arguments.only:
@@ -39,9 +41,7 @@ def main() -> None:
             new = list(measure(arguments.quick))
             print(f"\n{name}\n{table(new)}", flush=True)
             figures += new
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{'quick' if arguments.quick else 'bench'}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(to_json(figures, _machine()), encoding="utf-8")
+            path.write_text(to_json(figures, _machine()), encoding="utf-8")  # after each, so that a later one's failure costs no hour
     missed = [figure.name for figure in figures if figure.met is False]
     print(f"\n{len(figures)} figures in {time.monotonic() - began_s:.0f} s, in {path}; goals missed: {', '.join(missed) or 'none'}")
 
