@@ -287,20 +287,18 @@ class Encoding:
         return self.step(clip) * self.cap * contributors / total_weight * (0.5 if self.bits == 32 else 1.0)
 
     def _quantise_piece(self, x: Values, clip: float, weight: int, out: Words, scratch: _Scratch, random: ByteSource | None) -> int:
-        magnitude, work = scratch.magnitude[: len(x)], scratch.work[: len(x)]
-        np.absolute(x, out=magnitude)
-        peak = float(magnitude.max())  # NaN spreads through max, so one comparison finds every value that is not finite
-        if not math.isfinite(peak):
+        work = scratch.work[: len(x)]
+        low, high = float(x.min()), float(x.max())  # NaN spreads through both, so two comparisons find every value that is not finite
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise CosiloError("quantise the update", "a value is not finite", "train again: the update is of no use")
+        peak = max(-low, high)
         scale = weight / self.cap * self.largest / clip
         clipped = 0
-        if peak <= clip:
-            np.multiply(x, scale, out=work, dtype=np.float64)
-        else:
-            clipped = int(np.count_nonzero(magnitude > np.float64(clip)))
-            np.copyto(work, x)
+        np.copyto(work, x)  # then float64 throughout: a ufunc that widens as it goes is slower than the two passes
+        if peak > clip:
+            clipped = int(np.count_nonzero(work > clip) + np.count_nonzero(work < -clip))
             np.clip(work, -clip, clip, out=work)
-            np.multiply(work, scale, out=work)
+        np.multiply(work, scale, out=work)
         if self.bits == 32:
             np.rint(work, out=work)
         else:
@@ -351,7 +349,6 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.magnitude: Values = np.empty(BLOCK_WORDS, np.float32)
         self.work: NDArray[np.float64] = np.empty(BLOCK_WORDS, np.float64)
         self.uniform: NDArray[np.float64] = np.empty(BLOCK_WORDS, np.float64)
 
