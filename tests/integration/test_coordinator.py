@@ -35,6 +35,7 @@ from tests.identity_parties import FEDERATION, Founded, found
 SITES = ("st-anna", "st-beda", "st-clara")
 TINY = Architecture(sample_size=4, in_channels=1, num_classes=2, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
 TIMEOUT_S = 30.0
+CREATE_S = 240.0  # the first run of a process loads torch and diffusers: 5 s alone, over a minute where ten others do the same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -80,7 +81,7 @@ class World:
 
     async def create(self, manifest: Manifest) -> bytes:
         signature = sign_manifest(manifest, self.founded.admin_key)
-        answer = await self.admin.CreateRun(admin_pb2.CreateRunRequest(manifest=manifest.canonical(), signature=signature), timeout=60)
+        answer = await self.admin.CreateRun(admin_pb2.CreateRunRequest(manifest=manifest.canonical(), signature=signature), timeout=CREATE_S)
         assert answer.run == manifest.digest()
         return answer.run
 
