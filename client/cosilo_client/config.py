@@ -139,6 +139,17 @@ class PolicyTable(_Table):
     allow_insecure_plain_sum: Flag = False
 
 
+class EvaluationTable(_Table):
+    """The network that turns this site's images into features in a moments round; without it the site declines such rounds.
+
+    extractor: efficientnet-lite0, inception, or module:callable of the site's own code. weights: its safetensors file; none for a module.
+    A run names the extractor it means, and its digest: only the very same is used.
+    """
+
+    extractor: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{0,200}$")] = ""
+    weights: FilePath | None = None
+
+
 class LogTable(_Table):
     """How the log looks: "auto" is for people on a terminal and JSON elsewhere."""
 
@@ -215,6 +226,7 @@ class SiteConfig(_Table):
     metrics: MetricsTable = MetricsTable()
     trainer: TrainerTable = TrainerTable()
     policy: PolicyTable = PolicyTable()
+    evaluation: EvaluationTable = EvaluationTable()
     log: LogTable = LogTable()
     network: NetworkTable = NetworkTable()
     coordinator: CoordinatorTable = CoordinatorTable()
@@ -248,4 +260,7 @@ def _rooted(config: SiteConfig, folder: Path) -> SiteConfig:
     way = config.coordinator
     if way.proxy_credentials is not None:
         way = way.model_copy(update={"proxy_credentials": folder / way.proxy_credentials.expanduser()})
-    return config.model_copy(update={"state": folder / config.state, "data": rooted, "coordinator": way})
+    features = config.evaluation
+    if features.weights is not None:
+        features = features.model_copy(update={"weights": folder / features.weights.expanduser()})
+    return config.model_copy(update={"state": folder / config.state, "data": rooted, "coordinator": way, "evaluation": features})

@@ -146,6 +146,7 @@ async def _daemon(config: SiteConfig, supervisor: Supervisor) -> AsyncIterator[S
                 config.trainer.threads,
                 spending,
                 metrics,
+                config.evaluation,
             ),
             spending=spending,
             policy=config.policy,

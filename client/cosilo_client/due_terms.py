@@ -32,10 +32,12 @@ def checked_encoding(manifest: Manifest, kind: RoundKind, data: bytes) -> Encodi
 
     Only the clips of b = 24 are the coordinator's to choose: one for each tensor, from `least_clip` to the manifest's.
     """
+    if kind is RoundKind.MOMENTS and manifest.evaluation is None:
+        raise ProtocolViolation(Rule.ONE_MODEL, "a moments round is none of this run's: its manifest has no [evaluation]")
     due = round_encoding(manifest, kind)
     if data == due.canonical():
         return due
-    if manifest.encoding.bits == 24 and kind is not RoundKind.STATISTICS:
+    if manifest.encoding.bits == 24 and kind not in (RoundKind.STATISTICS, RoundKind.MOMENTS):
         found = _parsed(data)
         least, most = least_clip(manifest.encoding.clip), manifest.encoding.clip
         same = replace(found, sections=due.sections) == due

@@ -126,6 +126,7 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
             else []
         ),
         "  how far it is (fetching, training, masking, uploading; in tenths) and how many bytes have moved",
+        *_moments(manifest),
         f"How often: at most {manifest.rounds_max} rounds",
         *_looks(manifest, policy),
         f"  this site's policy: {_policy_bounds(policy)}",
@@ -167,6 +168,18 @@ def _looks(manifest: Manifest, policy: PolicyTable) -> list[str]:
     if asked > most:
         lines.append(f"    max_rounds_per_model in [policy] holds this site to {most}; for one model a person may say: cosilo-site permit")
     return lines
+
+
+def _moments(manifest: Manifest) -> list[str]:
+    """What a moments round adds, where the run has such rounds."""
+    terms = manifest.evaluation
+    if terms is None:
+        return []
+    return [
+        f"  if [evaluation] here has {terms.extractor} (SHA-256 {terms.sha256[:12]}), and its admin asks: the mean and second moments of",
+        f"    the {terms.features} features of this site's images, the held-out ones too, and their number (at most {terms.images_max});",
+        *(["    in one sum of always the same sites, over all runs (R9)"] if manifest.secure else []),
+    ]
 
 
 def _work(manifest: Manifest) -> str:

@@ -45,7 +45,8 @@ class TrainedUpdate:
     """What the trainer left for one round.
 
     offset_bytes: where the little-endian float32 vector starts in the update file; weight: W, 1 or more; losses: one
-    for each loss word; has_vector: False in a statistics round, which has facts and no update file.
+    for each loss word; has_vector: False in a statistics round, which has facts and no update file. data: digest of the images in hex,
+    where the update is their moments (R9).
     """
 
     round: int
@@ -53,6 +54,7 @@ class TrainedUpdate:
     weight: int
     losses: tuple[float, ...]
     has_vector: bool = True
+    data: str = ""
 
 
 class RoundFiles:
@@ -236,7 +238,8 @@ def _facts(data: bytes) -> TrainedUpdate | None:
     try:
         facts = json.loads(data)
         losses = tuple(float(loss) for loss in facts.pop("losses"))
-        update = TrainedUpdate(**facts, losses=losses)
+        measured = bytes.fromhex(facts.pop("data", "")).hex()
+        update = TrainedUpdate(**facts, losses=losses, data=measured)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # whatever does not fit where it is read
         return None
     numbers = (update.round, update.offset_bytes, update.weight)

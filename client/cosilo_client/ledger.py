@@ -102,7 +102,7 @@ _uploads = Table(
     Column("base_digest", LargeBinary(32), primary_key=True),
     Column("run", LargeBinary(32), primary_key=True),
     Column("round", Integer, primary_key=True),
-    Column("cohort", LargeBinary(32), nullable=False),  # digest of the invited names and their pinned keys
+    Column("cohort", LargeBinary(32), nullable=False),  # digest of the invited names and keys; for moments, of what was measured
     ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.round"]),
 )
 _permits = Table(
@@ -246,7 +246,7 @@ class ConsentEntry:
 
 @dataclass(frozen=True)
 class ModelUpload:
-    """One round in which this site signed an upload trained from a base model (R8). cohort: 32 bytes."""
+    """One round in which this site signed an upload trained from a base model (R8), or of moments (R9). cohort: 32 bytes."""
 
     run: bytes
     round: int
@@ -379,13 +379,16 @@ class Ledger:
                 raise CosiloError("raise attempt", f"round {round_}: {attempt} is not above {entry.attempt}")
             transaction.run(_RAISE, of_run=run, of_round=round_, to_attempt=attempt, to_phase=int(min(entry.phase, Phase.TRAINED)))
 
-    def record_upload(self, entry: RoundEntry, message: bytes, *, cohort: bytes, counted: bool) -> None:
-        """Writes a whole spool's signed statement and, if `counted`, one more round for its base model (R4, R8)."""
+    def record_upload(self, entry: RoundEntry, message: bytes, *, cohort: bytes, counted: bool, key: bytes = b"") -> None:
+        """Writes a whole spool's signed statement and, if `counted`, one more round for its base model (R4, R8).
+
+        key: of a moments round, the extractor that it counts for in the model's place (R9); cohort is then the digest of what was measured.
+        """
         with writing(self._engine) as transaction:
             reached = int(max(entry.phase, Phase.SPOOLED))
             transaction.run(_SPOOLED, of_run=entry.run, of_round=entry.round, statement=message, to_phase=reached)
             if counted:
-                transaction.run(_COUNT_UPLOAD, base_digest=entry.base_digest, run=entry.run, round=entry.round, cohort=cohort)
+                transaction.run(_COUNT_UPLOAD, base_digest=key or entry.base_digest, run=entry.run, round=entry.round, cohort=cohort)
 
     def finish_round(self, run: bytes, round_: int, state: RoundState, outcome: str) -> None:
         """Closes or abandons an open round, once; `outcome` is the reason, for people."""
@@ -428,9 +431,10 @@ class Ledger:
             return int(connection.execute(select(func.count()).select_from(_uploads).where(_uploads.c.run == run)).scalar_one())
 
     def base_models(self) -> tuple[bytes, ...]:
-        """Every base model, across all runs, that this site began a round from; in no order."""
+        """Every base model, across all runs, that this site began a round from, and every extractor that it uploaded for; in no order."""
+        begun, uploaded = select(_rounds.c.base_digest), select(_uploads.c.base_digest)
         with reading(self._engine) as connection:
-            return tuple(bytes(digest) for digest in connection.execute(select(_rounds.c.base_digest).distinct()).scalars())
+            return tuple(bytes(digest) for digest in connection.execute(begun.union(uploaded)).scalars())
 
     def permit_model(self, base_digest: bytes, rounds: int, *, permitted_at: str) -> None:
         """A person at the site allows `rounds` rounds in all for one base model, with any cohort."""

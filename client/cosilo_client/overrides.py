@@ -29,7 +29,8 @@ class BaseModel:
     """A model that this site may be asked to train from again.
 
     digest: 32 bytes; run_name: of the run in which it was looked for; uploads: made from it so far, over all runs; unasked: how many this
-    site makes in that run without a person; permitted: what a person allowed before, 0 for nothing.
+    site makes in that run without a person; permitted: what a person allowed before, 0 for nothing. extractor: where the digest is no
+    model's but what R9 counts that extractor's moments by.
     """
 
     digest: bytes
@@ -37,6 +38,7 @@ class BaseModel:
     uploads: tuple[ModelUpload, ...]
     unasked: int
     permitted: int
+    extractor: str = ""
 
 
 def find_model(config: SiteConfig, run_prefix: str, base: str) -> BaseModel:
@@ -56,6 +58,7 @@ def find_model(config: SiteConfig, run_prefix: str, base: str) -> BaseModel:
         uploads=ledger.model_uploads(digest),
         unasked=min(manifest.max_rounds_per_model, config.policy.max_rounds_per_model),
         permitted=ledger.permitted_rounds(digest),
+        extractor=manifest.evaluation.extractor if manifest.evaluation is not None and manifest.evaluation.key == digest else "",
     )
 
 
@@ -69,6 +72,23 @@ def explain_permit(model: BaseModel, rounds: int) -> str:
     shown = [f"    round {upload.round} of run {upload.run.hex()[:12]}" for upload in model.uploads[-_LISTED:]]
     if model.permitted:
         shown.append(f"  a person permitted {model.permitted} in all before; {rounds} takes its place")
+    if model.extractor:
+        return "\n".join(
+            [
+                f"Moments by {model.extractor} ({model.digest.hex()})",
+                f"  this site has put its moments into {made} sums, over all runs; unasked only into the very same sum again (R9)",
+                *shown,
+                f"  {rounds} in all: {max(0, rounds - made)} more, of whichever sites are invited",
+                "",
+                "What this risks",
+                "  Two sums that differ by one site differ by exactly its moments: the mean and the covariance of the features of",
+                "  THIS SITE'S images, if it is in one of them only, or if its images changed in between. Nothing blurs them.",
+                "",
+                "When it is right",
+                "  The earlier round was abandoned before its sum was opened, for a reason that you know, and the run's admin, asked",
+                "  over a telephone, says the same. Permit one more, not many.",
+            ]
+        )
     return "\n".join(
         [
             f"Model {model.digest.hex()}",

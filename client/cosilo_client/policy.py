@@ -65,8 +65,8 @@ def refuse_round(policy: PolicyTable, manifest: Manifest, kind: RoundKind, invit
 
     invited: |I|. spent: on this run so far. now: the site's local time of day. Rounds that train count against
     rounds_max and hours_max, statistics rounds by themselves against rounds_max and statistics_rounds_max: each answers a
-    question about this site's held-out images, asked with any model that the coordinator likes. A rehearsal tells
-    nothing and counts for nothing. The hours of the day are for every round.
+    question about this site's held-out images, asked with any model that the coordinator likes. Moments rounds count
+    among them. A rehearsal tells nothing and counts for nothing. The hours of the day are for every round.
     """
     refusal = refuse_run(policy, manifest)
     if refusal is not None:
@@ -78,7 +78,7 @@ def refuse_round(policy: PolicyTable, manifest: Manifest, kind: RoundKind, invit
     if kind is RoundKind.TRAIN and spent.rounds >= policy.rounds_max:
         return _no(f"{spent.rounds} rounds are trained and this site's most is {policy.rounds_max}")
     statistics_max = min(policy.rounds_max, policy.statistics_rounds_max)
-    if kind is RoundKind.STATISTICS and spent.statistics >= statistics_max:
+    if kind in (RoundKind.STATISTICS, RoundKind.MOMENTS) and spent.statistics >= statistics_max:
         return _no(f"{spent.statistics} statistics rounds are measured and this site's most is {statistics_max}")
     if kind is RoundKind.TRAIN and spent.seconds >= policy.hours_max * 3600:
         return _no(f"{spent.seconds / 3600:.1f} hours are trained and this site's most is {policy.hours_max:g}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
-from cosilo_common.clip_ranges import least_clip
+from cosilo_common.clip_ranges import least_clip, round_encoding
 from cosilo_common.encoding import Encoding
 from cosilo_common.manifest import EncodingTerms, Manifest
 from cosilo_common.secagg.messages import RoundKind
@@ -31,7 +31,8 @@ class RunTerms:
     """What an accepted manifest fixes for every round.
 
     run: 32 bytes; participants: Ed25519 public keys by name; encoding: the manifest's bounds; values: those that are summed; losses: loss
-    words; least_f: the site's policy, None for the default. Raises ProtocolViolation("R1") where f is less than the
+    words; moments, moments_key: a moments round's one encoding and what R9 counts it by, where the run has such rounds; least_f: the site's
+    policy, None for the default. Raises ProtocolViolation("R1") where f is less than the
     site accepts.
     """
 
@@ -46,6 +47,8 @@ class RunTerms:
     losses: int
     secure: bool = True
     least_f: int | None = None
+    moments: Encoding | None = None
+    moments_key: bytes = b""
 
     def __post_init__(self) -> None:
         least = least_f_by_default(len(self.participants)) if self.least_f is None else self.least_f
@@ -70,10 +73,16 @@ class RunTerms:
             losses=manifest.loss_words,
             secure=manifest.secure,
             least_f=least_f,
+            moments=None if manifest.evaluation is None else round_encoding(manifest, RoundKind.MOMENTS),
+            moments_key=b"" if manifest.evaluation is None else manifest.evaluation.key,
         )
 
     def check_encoding(self, kind: RoundKind, encoding: Encoding) -> None:
         """Raises ProtocolViolation("phase-0") unless the manifest allows this encoding for this kind of round."""
+        if kind is RoundKind.MOMENTS:
+            if encoding != self.moments:
+                raise ProtocolViolation(Rule.START, "the encoding is not that of a moments round by the manifest's [evaluation]")
+            return
         values = 0 if kind is RoundKind.STATISTICS else self.values
         fixed = {
             "bits": (encoding.bits, self.encoding.bits),

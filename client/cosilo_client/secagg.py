@@ -17,8 +17,9 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from cosilo_client.contributions import Contribution, check_invited, check_same_sum
 from cosilo_client.journal import Journal
-from cosilo_client.ledger import ConsentEntry, Phase, RoundEntry, RoundState
+from cosilo_client.ledger import ConsentEntry, ModelUpload, Phase, RoundEntry, RoundState
 from cosilo_client.masking import REHEARSAL, WORKERS, Vector, write_spool
 from cosilo_client.run_terms import RunTerms as RunTerms
 from cosilo_client.run_terms import Start as Start
@@ -84,7 +85,7 @@ class SiteRole:
 
         Raises ProtocolViolation: "R2" on a round that may not be begun or resumed, "R1" on too few invited, "pins" on
         somebody who is no participant, "R3" on digests that differ, "R8" on a base model that this site has uploaded
-        for too often, "phase-0".
+        for too often, "R9" on moments that cannot be in the same sum again, "phase-0".
         """
         self._check_acceptance()
         resumed = self._check_order(start)
@@ -220,7 +221,7 @@ class SiteRole:
 
         When this returns the spool (`journal.files(run).spool(attempt)`) and the statement are on disk and the mask
         keys are gone. Raises ProtocolViolation: "phase-4" before all of U1's shares are held, "R5" once this site
-        consented to survivors without itself, "R8" as `begin`; CosiloError on a value that is not finite or a full
+        consented to survivors without itself, "R8" and "R9" as `begin`; CosiloError on a value that is not finite or a full
         disk.
         """
         entry = self._attempt_entry()
@@ -233,6 +234,7 @@ class SiteRole:
                 raise CosiloError("mask the update", f"round {entry.round}: its signed spool is gone", "abandon the round")
             return Signed.decode(entry.upload)
         self._check_model(self._started())
+        self._check_contribution(entry)
         vector = self._vector(entry)
         masks = self._masks(entry)
 
@@ -244,11 +246,14 @@ class SiteRole:
         self._journal.advance()
         with self._journal.writing:  # a round of another run may have uploaded for this model meanwhile
             self._check_model(self._started())
+            self._check_contribution(entry)
+            moments = entry.kind == RoundKind.MOMENTS.value
             self._ledger.record_upload(
                 entry,
                 signed.encode(),
-                cohort=self._cohort(entry.invited),
+                cohort=self._measured(entry) if moments else self._cohort(entry.invited),
                 counted=entry.kind != RoundKind.REHEARSAL.value,
+                key=self._terms.moments_key if moments else b"",
             )
         self._vault.destroy_masks(entry.run)
         return signed
@@ -280,6 +285,9 @@ class SiteRole:
         roster.check_survivors(proposed)
         if self._site in proposed and entry.upload is None:
             raise ProtocolViolation(Rule.CONSENT, "named as a survivor, but this site has signed no upload in this attempt")
+
+        if entry.kind == RoundKind.MOMENTS.value:
+            check_same_sum(self._earlier(entry.round), self._keys(proposed), None, self._permit())
 
         signed = self._sign(MessageType.CONSENT, entry, Consent(roster.ctx, proposed))
         self._journal.advance()
@@ -375,6 +383,9 @@ class SiteRole:
         """R8. A rehearsal's vector is zero by this site's own construction and tells nothing, so it does not count."""
         if start.kind is RoundKind.REHEARSAL:
             return
+        if start.kind is RoundKind.MOMENTS:  # no model stands behind it: R9 counts it
+            check_invited(self._earlier(start.round), self._keys(start.invited), self._permit())
+            return
         others = [
             upload
             for upload in self._ledger.model_uploads(start.base_digest)
@@ -392,6 +403,38 @@ class SiteRole:
         cohort = self._cohort(start.invited)
         if any(upload.cohort != cohort for upload in others):
             raise ProtocolViolation(Rule.NO_SECOND_LOOK, f"uploaded before for base model {model}, among other invited sites; {person}")
+
+    def _check_contribution(self, entry: RoundEntry) -> None:
+        """R9, for an upload of moments under masks. A plain sum hides nothing that a second one could show."""
+        if entry.kind == RoundKind.MOMENTS.value and self._terms.secure:
+            check_same_sum(self._earlier(entry.round), self._keys(self._roster(entry).members), self._measured(entry), self._permit())
+
+    def _earlier(self, round_: int) -> tuple[Contribution, ...]:
+        """What R9 compares with: nothing in a plain sum, nor where a person at this site looked at it and said so."""
+        key, here = self._terms.moments_key, (self._terms.run, round_)
+        others = [upload for upload in self._ledger.model_uploads(key) if (upload.run, upload.round) != here]
+        if not self._terms.secure or len(others) < self._ledger.permitted_rounds(key):
+            return ()
+        return tuple(self._contribution(upload) for upload in others)
+
+    def _contribution(self, upload: ModelUpload) -> Contribution:
+        consent, accepted = self._ledger.consent(upload.run, upload.round), self._ledger.accepted(upload.run)
+        if consent is None or accepted is None:
+            return Contribution(upload.run, upload.round, None, upload.cohort)
+        keys = {name: accepted.participants[name] for name in consent.survivors}
+        return Contribution(upload.run, upload.round, keys, upload.cohort)
+
+    def _keys(self, sites: Iterable[str]) -> dict[str, bytes]:
+        return {name: self._terms.participants[name] for name in sites}
+
+    def _measured(self, entry: RoundEntry) -> bytes:
+        """Digest of the images whose moments this round has."""
+        update = self._journal.trained_update(entry.run, entry.round)
+        return b"" if update is None else bytes.fromhex(update.data)
+
+    def _permit(self) -> str:
+        key = self._terms.moments_key.hex()[:12]
+        return f"a person may allow one more: cosilo-site permit {self._terms.run.hex()[:12]} --base {key}"
 
     def _cohort(self, invited: tuple[str, ...]) -> bytes:
         """R8's "same I", across runs: names and the keys that stand behind them."""
@@ -502,7 +545,7 @@ class SiteRole:
         if entry.kind == RoundKind.REHEARSAL.value:
             return REHEARSAL
         update = self._journal.trained_update(entry.run, entry.round)
-        if update is None or (entry.kind == RoundKind.TRAIN.value and not update.has_vector):
+        if update is None or (entry.kind != RoundKind.STATISTICS.value and not update.has_vector):
             raise CosiloError("secure aggregation", f"round {entry.round}: nothing is trained", "train before adverting")
         path = self._journal.files(entry.run).update if update.has_vector else None
         return Vector(path, update.offset_bytes, update.weight, update.losses)

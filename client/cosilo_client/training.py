@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from cosilo_client.config import EvaluationTable
 from cosilo_client.coordinator import Coordinator
 from cosilo_client.data import DataConfig
 from cosilo_client.journal import Journal, TrainedUpdate
@@ -21,7 +22,7 @@ from cosilo_client.metrics import SiteMetrics
 from cosilo_client.owed import Activity, Owed, Progress
 from cosilo_client.spending import Spending
 from cosilo_client.threads import in_thread
-from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Job, Result, TrainerFailed, TrainJob
+from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Job, MomentsJob, Result, TrainerFailed, TrainJob
 from cosilo_client.trainer.jobs import Progress as TrainerProgress
 from cosilo_common.diffusion.seeding import site_seed
 from cosilo_common.encoding import Encoding
@@ -32,6 +33,7 @@ from cosilo_common.transfer import require_free_bytes
 
 SPACE_MARGIN_BYTES: Final = 64 << 20  # for the ledger, the log and whatever else shares the disk
 TENTHS: Final = 10
+NO_EXTRACTOR: Final = EvaluationTable()
 
 log = get_logger("cosilo.training")
 
@@ -47,7 +49,7 @@ class Trainer(Protocol):
 
 
 class Training:
-    """Trains this site's rounds. name: of the site; threads: of the CPU, 0 for the trainer's choice."""
+    """Trains this site's rounds. name: of the site; threads: of the CPU, 0 for the trainer's choice; evaluation: of moments rounds."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Training:
         threads: int,
         spending: Spending,
         metrics: SiteMetrics,
+        evaluation: EvaluationTable = NO_EXTRACTOR,
     ) -> None:
         self._name = name
         self._journal = journal
@@ -68,6 +71,7 @@ class Training:
         self._threads = threads
         self._spending = spending
         self._metrics = metrics
+        self._evaluation = evaluation
 
     def done(self, owed: Owed) -> bool:
         """Whether the round's update, or what stands for it, is on disk."""
@@ -83,6 +87,9 @@ class Training:
         """
         folder = self._journal.files(owed.run).folder
         require_free_bytes(folder, needed_bytes(owed, manifest, encoding))
+        if owed.kind is RoundKind.MOMENTS:
+            await self._measure(owed, manifest)
+            return
         forced = owed.kind is RoundKind.REHEARSAL
         weights = await self._coordinator.fetch(owed, forced, self._reporter(owed, Activity.FETCHING, owed.base_bytes))
         await in_thread(self._journal.ledger.reach, owed.run, owed.round, Reached.FETCHED)
@@ -104,8 +111,36 @@ class Training:
         else:
             await in_thread(self._spending.add_statistics, owed.run, owed.round)
         await in_thread(self._journal.trained, owed.run, update)
+        self._log_end("trained", owed, result)
+
+    async def _measure(self, owed: Owed, manifest: Manifest) -> None:
+        """A moments round: no weights are fetched, since none are used."""
+        terms, own = manifest.evaluation, self._evaluation
+        assert terms is not None  # due_terms refused the round otherwise
+        if own.extractor != terms.extractor:
+            raise TrainerFailed(
+                FailureCode.DATA,
+                f"{owed.label}: the run measures with {terms.extractor}, this site has {own.extractor or 'no extractor'}",
+                "if that network may see the images: set extractor and weights in [evaluation], and restart the daemon",
+            )
+        job = MomentsJob(
+            update=self._journal.files(owed.run).update,
+            data=self._data,
+            architecture=manifest.architecture,
+            training=manifest.training,
+            threads=self._threads,
+            network=own.extractor,
+            weights=own.weights,
+            terms=terms,
+        )
+        result = await self._timed(owed, job)
+        await in_thread(self._spending.add_statistics, owed.run, owed.round)
+        await in_thread(self._journal.trained, owed.run, TrainedUpdate(owed.round, 0, result.weight, (), data=result.data))
+        self._log_end("measured", owed, result)
+
+    def _log_end(self, what: str, owed: Owed, result: Result) -> None:
         log.info(
-            "trained",
+            what,
             round=owed.label,
             images=result.images,
             steps=result.steps,
@@ -130,7 +165,8 @@ class Training:
         def note(progress: TrainerProgress) -> None:
             nonlocal images
             self._coordinator.say(Progress(owed.run, owed.round, Activity.TRAINING, progress.tenths))
-            self._metrics.trained(progress.loss, progress.images - images, progress.images_per_second)
+            if owed.kind is RoundKind.TRAIN:
+                self._metrics.trained(progress.loss, progress.images - images, progress.images_per_second)
             images = max(images, progress.images)
 
         self._coordinator.say(Progress(owed.run, owed.round, Activity.TRAINING, 0))
@@ -185,5 +221,5 @@ def reporter(coordinator: Coordinator, owed: Owed, activity: Activity, total_byt
 
 def needed_bytes(owed: Owed, manifest: Manifest, encoding: Encoding) -> int:
     """Free bytes that a round takes at most beside its weights: the update, with what of it stays here, and the upload."""
-    update = 4 * manifest.split.base_table.size if owed.kind is RoundKind.TRAIN else 0
+    update = {RoundKind.TRAIN: 4 * manifest.split.base_table.size, RoundKind.MOMENTS: 4 * encoding.size}.get(owed.kind, 0)
     return update + encoding.wire_bytes + SPACE_MARGIN_BYTES

@@ -26,6 +26,7 @@ _KINDS: Final = {
     site_pb2.ROUND_KIND_TRAIN: RoundKind.TRAIN,
     site_pb2.ROUND_KIND_REHEARSAL: RoundKind.REHEARSAL,
     site_pb2.ROUND_KIND_STATISTICS: RoundKind.STATISTICS,
+    site_pb2.ROUND_KIND_MOMENTS: RoundKind.MOMENTS,
 }
 
 

@@ -13,6 +13,8 @@ from typing import Final
 import numpy as np
 
 from cosilo_common.encoding import CLIP_MIN, Encoding, Section
+from cosilo_common.errors import CosiloError
+from cosilo_common.evaluation.moments import clip_needed, packed_size
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.weights import TensorTable, Vector
@@ -28,8 +30,11 @@ def round_encoding(manifest: Manifest, kind: RoundKind, peaks: Sequence[float] =
 
     A statistics round has no values. b = 32: the whole vector under the manifest's clip, and again for control variates. b = 24: a
     section a tensor, its clip from `peaks`, each tensor's largest change in the run's last closed training round; without any, the
-    manifest's.
+    manifest's. A moments round has one section of its own terms, always at b = 32, and no losses; raises CosiloError where the manifest
+    has no such terms.
     """
+    if kind is RoundKind.MOMENTS:
+        return _moments_encoding(manifest)
     terms, table = manifest.encoding, manifest.shared_table
     if kind is RoundKind.STATISTICS:
         sections: tuple[Section, ...] = ()
@@ -45,6 +50,14 @@ def round_encoding(manifest: Manifest, kind: RoundKind, peaks: Sequence[float] =
         loss_max=terms.loss_max,
         losses=manifest.loss_words,
     )
+
+
+def _moments_encoding(manifest: Manifest) -> Encoding:
+    terms = manifest.evaluation
+    if terms is None:
+        raise CosiloError("encode moments", f"run {manifest.name} has no [evaluation]", "create a run whose file has that table")
+    section = Section(packed_size(terms.features), clip_needed(terms.feature_max))
+    return Encoding(32, len(manifest.participants), terms.images_max, (section,), manifest.encoding.loss_max, 0)
 
 
 def clips_after(peaks: Sequence[float], clip: float, headroom: float = HEADROOM) -> tuple[float, ...]:

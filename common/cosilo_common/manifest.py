@@ -25,6 +25,8 @@ PARTICIPANTS_MAX = 1000  # the complete graph of masks costs N^2 share messages:
 MANIFEST_BYTES_MAX = 16 << 20  # 100,000 tensors at 160 bytes a row; larger is refused before it is parsed
 ROUNDS_MAX = 100_000  # a round a minute for two months
 SECURE_SITES_MIN = 3  # PROTOCOL.md, R1: with two, a sum tells each site the other's update
+FEATURES_MAX = 4096  # twice Inception's; 8.4 million values, 34 MB an upload
+IMAGES_MAX = 1 << 24  # of all sites: a count that float32 holds exactly
 LOSS_WORDS_EXTRA = 1  # the round's training loss stands after the buckets in the tail
 
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,63}$")]
@@ -91,8 +93,32 @@ class CardTerms(_Plain):
     name_participants: bool = False
 
 
+class EvaluationTerms(_Plain):
+    """Which features of its real images a site sums in a moments round, and how they are encoded (docs/protocol.md, Moments).
+
+    extractor: a name, or module:callable; it names what each site has and chose itself, nothing is loaded because it stands here.
+    sha256: of its weights, or of the module's file. side_pixels: images are fitted to that size. features: d, of one image. feature_max:
+    no feature is larger in magnitude; moments beyond what follows from it are clipped, and the opened sum says so. images_max: the
+    largest weight, and the most images that a site measures; weights far below it lose precision.
+    """
+
+    extractor: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,200}$")]
+    sha256: Hex32
+    side_pixels: int = Field(ge=1, le=1024)
+    features: int = Field(ge=1, le=FEATURES_MAX)
+    feature_max: float = Field(ge=1e-6, le=1e3, allow_inf_nan=False)
+    images_max: int = Field(default=4096, ge=1, le=IMAGES_MAX)
+
+    @property
+    def key(self) -> bytes:
+        """What R9 counts by, 32 bytes: the network alone, whatever size or bounds a manifest gives beside it."""
+        return sha256(lp(b"cosilo/moments/1", self.extractor.encode(), bytes.fromhex(self.sha256)))
+
+
 class Manifest(_Plain):
     """One run, whole.
+
+    A table that may be absent (None) is no part of the canonical bytes then, so that they are the same as before there was such a table.
 
     participants: sorted by name, unique; f: most participants that may collude with the coordinator (R1); n_min: fewest sites in a sum;
     cohort: sites invited to a round, 0 for all; rounds_max: highest round number of any kind; ema_decay: of the global model, 0 for none.
@@ -119,6 +145,7 @@ class Manifest(_Plain):
     max_rounds_per_model: int = Field(default=2, ge=1, le=100)
     deadlines: Deadlines = Deadlines()
     card: CardTerms = CardTerms()
+    evaluation: EvaluationTerms | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -136,6 +163,8 @@ class Manifest(_Plain):
             raise ValueError(f"n_min must be at least {SECURE_SITES_MIN} under {SECURE_AGGREGATION}, not {self.n_min}")
         if len(names) * self.encoding.cap > (1 << (self.encoding.bits - 1)) - 1:
             raise ValueError(f"encoding: {len(names)} participants times cap {self.encoding.cap} do not fit {self.encoding.bits} bits")
+        if self.evaluation is not None and len(names) * self.evaluation.images_max > IMAGES_MAX:
+            raise ValueError(f"evaluation: {len(names)} participants times images_max {self.evaluation.images_max} are above {IMAGES_MAX}")
         check_fits(self.architecture, self.schedule, self.training, self.sampling)
         self.split.base_table  # noqa: B018 - building it checks names, shapes and order, and that something is left to sum
         if self.training.control_variates and self.encoding.bits == 24:
@@ -174,7 +203,7 @@ class Manifest(_Plain):
 
     def canonical(self) -> bytes:
         """The bytes that are signed."""
-        return canonical_json(self.model_dump(mode="json"))
+        return canonical_json({name: value for name, value in self.model_dump(mode="json").items() if value is not None})
 
     def digest(self) -> bytes:
         """The run: SHA-256 of the canonical bytes."""

@@ -10,16 +10,20 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from cosilo_common.allocation import give_back
-from cosilo_common.encoding import Encoding, OpenedTail
+from cosilo_common.encoding import Encoding, OpenedTail, SumRefused
 from cosilo_common.errors import CosiloError
+from cosilo_common.evaluation.moments import dimension_of, moments_table
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.masks import SignedMask
 from cosilo_common.secagg.messages import RoundKind
+from cosilo_common.weights import WeightsWriter
 from cosilo_server.aggregation import Checkpoint, aggregation_of
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.rounds.state import Round
@@ -28,7 +32,14 @@ from cosilo_server.spool import Spool
 from cosilo_server.store import Store, StoredCheckpoint
 from cosilo_server.verification import dealt_shares, reveals_of, roster_of
 
+Step = Callable[[str], AbstractContextManager[None]]
+"""What a step of the opening, named so, runs within: the trace measures it."""
+
 OPENING_LANES = 3  # on two cores: with two, the one that has two of three uploads is waited for; each takes 4 MiB
+
+
+def _unmeasured(step: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,8 @@ class RoundOutcome:
 
     heldout_loss: of the weights that the round started from, mean over the timestep buckets; by_bucket: lowest noise first; train_loss: of the
     local training; None where the round's kind has none. update_norm: L2 norm of the mean update. tensor_peaks: the largest absolute value of
-    the mean update in each tensor, after a training round at b = 24: the next round's clip ranges follow from it.
+    the mean update in each tensor, after a training round at b = 24: the next round's clip ranges follow from it. moments: digest of a
+    moments round's artifact (`evaluation.moments.moments_table`), hex.
     """
 
     total_weight: int
@@ -49,6 +61,7 @@ class RoundOutcome:
     update_norm: float | None = None
     note: str = ""
     tensor_peaks: tuple[float, ...] = ()
+    moments: str = ""
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -71,7 +84,7 @@ class RoundCloser:
         self._spool = spool
         self._now = now
 
-    def open(self, manifest: Manifest, state: Round) -> tuple[RoundOutcome, StoredCheckpoint | None]:
+    def open(self, manifest: Manifest, state: Round, step: Step = _unmeasured) -> tuple[RoundOutcome, StoredCheckpoint | None]:
         """Opens the sum of `state.survivors`. The checkpoint is None where the round's kind moves nothing.
 
         Raises CosiloError (ProtocolViolation, SumRefused) where the sum must not be used, or the disk is full.
@@ -83,9 +96,12 @@ class RoundCloser:
                 for name in state.survivors
             }
             digests = {name: upload.digest for name in state.survivors if (upload := state.sites[name].upload) is not None}
-            opening = SumOpening(encoding, sources, digests, self._masks(manifest, state), OPENING_LANES)
+            with step("reconstruct"):
+                masks = self._masks(manifest, state)
+            opening = SumOpening(encoding, sources, digests, masks, OPENING_LANES)
             try:
-                return self._apply(manifest, state, encoding, opening)
+                with step("sum and write"):
+                    return self._apply(manifest, state, encoding, opening)
             finally:
                 give_back()  # what uploads and this pass left free: an idle coordinator is as small after a round as before it
 
@@ -98,6 +114,8 @@ class RoundCloser:
     def _apply(
         self, manifest: Manifest, state: Round, encoding: Encoding, opening: SumOpening
     ) -> tuple[RoundOutcome, StoredCheckpoint | None]:
+        if state.kind is RoundKind.MOMENTS:
+            return self._moments(encoding, opening), None
         if state.kind is RoundKind.STATISTICS:
             for _ in opening:
                 pass
@@ -120,6 +138,25 @@ class RoundCloser:
             created_at=self._now(),
         )
         return replace(_outcome(aggregate.tail, aggregate.update_norm), tensor_peaks=aggregate.tensor_peaks), stored
+
+    def _moments(self, encoding: Encoding, opening: SumOpening) -> RoundOutcome:
+        """The opened sum as an artifact: what all its sites' images have in common, and no site's own."""
+        with self._artifacts.scratch() as path:
+            total = opening.provisional_tail().total_weight
+            with WeightsWriter(path, moments_table(dimension_of(encoding.size))) as writer:
+                writer.append(np.array([total], np.float32))
+                for start, words in opening:
+                    block = np.empty(len(words), np.float32)
+                    encoding.dequantise(words, start, total, block)
+                    writer.append(block)
+            tail = opening.tail
+            if tail.total_weight != total:
+                raise SumRefused("open the moments", "the total weight changed while the sum was opened", "start the round again")
+            digest = self._artifacts.put_file(path)
+        note = f"moments of {total} images"
+        if tail.clip_ratio:
+            note += "; some exceed what feature_max allows and are clipped: scores against them are not exact"
+        return RoundOutcome(total, tail.contributors, tail.clip_ratio, note=note, moments=digest)
 
     def _base(self, state: Round) -> Checkpoint:
         base = self._store.newest_checkpoint(state.run)

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -204,6 +205,12 @@ class Conductor:
                 f"run {record.manifest.name} allows {record.manifest.rounds_max} rounds and has had {newest}; {rounds} more were asked for",
                 "ask for fewer, or create a run with a higher rounds_max",
             )
+        if kind is RoundKind.MOMENTS and record.manifest.evaluation is None:
+            raise CosiloError(
+                "start rounds",
+                f"run {record.manifest.name} names no extractor, so it has no moments rounds",
+                "create a run whose file has an [evaluation] table",
+            )
         await asyncio.to_thread(self._store.add_order, run, kind, rounds)
         record.orders += 1
         record.not_before, record.note = 0.0, ""
@@ -368,7 +375,7 @@ class Conductor:
         began = time.monotonic()
         ended: SumOpened | SumRefused
         try:
-            record.opened = await asyncio.to_thread(self._closer.open, record.manifest, state)
+            record.opened = await asyncio.to_thread(self._closer.open, record.manifest, state, partial(self.trace.step, state))
             outcome, checkpoint = record.opened
             self._metrics.sum_opened(record.run, outcome, time.monotonic() - began)
             ended = SumOpened(checkpoint.weights if checkpoint else state.base_digest)

@@ -50,6 +50,7 @@ from cosilo_server.authority import Authority
 from cosilo_server.backup import back_up, check_restored, data_folder_after, read_backup
 from cosilo_server.backup import restore as put_back
 from cosilo_server.certificates import CertificateBook
+from cosilo_server.closing import RoundCloser
 from cosilo_server.conductor import Conductor
 from cosilo_server.config import CoordinatorConfig, split_host_port
 from cosilo_server.enrolment import EnrolmentDesk
@@ -74,7 +75,6 @@ from cosilo_server.services.summaries import Summaries
 from cosilo_server.services.uploads import UploadDesk
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store
-from cosilo_server.trace import TracedCloser
 
 log = structlog.get_logger(__name__)
 
@@ -191,9 +191,8 @@ class Coordinator:
         founding = read_public(config.paths.identity / MEMBERS_FILE, MEMBERS_BYTES_MAX)
         self._members = StoredMembers(self._store, config.federation, founding)
         self._collector = Collector(self._store, self._artifacts, config.retention, self.metrics, data / HOLD_FILE)
-        self._closer = TracedCloser(self._store, self._artifacts, self._spool)
-        self.conductor = Conductor(self._store, self._spool, self._closer, self.metrics)
-        self._closer.note_in(self.conductor.trace)
+        closer = RoundCloser(self._store, self._artifacts, self._spool)
+        self.conductor = Conductor(self._store, self._spool, closer, self.metrics)
         self._audit = AuditTrail(AuditLog(data / AUDIT_FILE), self.metrics.audit_failures.inc)
         self.conductor.on_round(self._note_round)
         self.conductor.on_begin(lambda participant: self._members.has_site(participant.name, bytes.fromhex(participant.key)))

@@ -6,16 +6,18 @@ Owns those rows of the coordinator's database. Decides nothing: the policy is re
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from sqlalchemy import ColumnElement, Engine, delete, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, delete, func, select
 from sqlalchemy.dialects.sqlite import insert
 
 from cosilo_common.database import reading
 from cosilo_common.errors import CosiloError
+from cosilo_common.secagg.messages import RoundKind
 from cosilo_server import schema
 
 _NAME = re.compile(r"[a-z0-9._-]{0,64}")
@@ -86,7 +88,8 @@ class Shelf:
                 db.execute(insert(schema.retired_checkpoints).on_conflict_do_nothing(), rows)
 
     def references(self) -> frozenset[bytes]:
-        """Digests of every artifact that must be there: weights and moving averages on the shelf, the newest optimisers, and grids.
+        """Digests of every artifact that must be there: weights and moving averages on the shelf, the newest optimisers, grids, and
+        every moments round's sum: sites give it once.
 
         Optimisers go first: the next round needs the newest one, and nobody can ask for an older.
         """
@@ -96,7 +99,8 @@ class Shelf:
             shelved = db.execute(select(c.weights, c.ema).where(_standing())).all()
             optimisers = db.execute(select(c.optimiser).join(newest, (c.run == newest.c.run) & (c.round == newest.c.newest))).scalars()
             grids = db.execute(select(schema.grids.c.digest)).scalars()
-            return frozenset(d for d in [*(digest for pair in shelved for digest in pair), *optimisers, *grids] if d)
+            moments = _moments(db)
+            return frozenset(d for d in [*(digest for pair in shelved for digest in pair), *optimisers, *grids, *moments] if d)
 
     def stored(self) -> Mapping[bytes, float]:
         """Digests of every artifact that was ever stored, the retired too, and when last, UTC seconds."""
@@ -105,7 +109,8 @@ class Shelf:
         with reading(self._engine) as db:
             rows = db.execute(select(c.weights, c.ema, c.optimiser, c.created_at)).all()
             grids = db.execute(select(g.digest, g.created_at)).all()
-        for *digests, at in [*rows, *grids]:
+            moments = _moments(db)
+        for *digests, at in [*rows, *grids, (*moments, self._now())]:  # a moments artifact never goes: any time that is past will do
             for digest in digests:
                 found[digest] = max(at, found.get(digest, at))
         return MappingProxyType(found)
@@ -121,6 +126,13 @@ class Shelf:
             oldest = select(g.created_at).where(g.run == run).order_by(g.created_at.desc()).offset(grids - 1).limit(1)
             if (since := db.execute(oldest).scalar_one_or_none()) is not None:
                 db.execute(delete(schema.grids).where(g.run == run, g.created_at < since))
+
+
+def _moments(db: Connection) -> list[bytes]:
+    """Artifacts of moments rounds. They are few: R9 sees to that."""
+    r = schema.rounds.c
+    outcomes = db.execute(select(r.outcome).where(r.kind == RoundKind.MOMENTS, r.outcome != "")).scalars()
+    return [bytes.fromhex(json.loads(outcome)["moments"]) for outcome in outcomes]
 
 
 def _standing() -> ColumnElement[bool]:

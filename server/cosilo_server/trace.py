@@ -15,10 +15,6 @@ from typing import Final
 import structlog
 from sqlalchemy.exc import DatabaseError
 
-from cosilo_common.encoding import Encoding
-from cosilo_common.manifest import Manifest
-from cosilo_common.secagg.masks import SignedMask
-from cosilo_server.closing import RoundCloser, RoundOutcome
 from cosilo_server.rounds.events import (
     AdvertReceived,
     ConsentReceived,
@@ -32,9 +28,7 @@ from cosilo_server.rounds.events import (
     UploadReceived,
 )
 from cosilo_server.rounds.state import Activity, Phase, Round
-from cosilo_server.secagg import SumOpening
 from cosilo_server.spans import Span, Spans
-from cosilo_server.store import StoredCheckpoint
 
 log = structlog.get_logger(__name__)
 
@@ -243,31 +237,3 @@ class RoundTrace:
             self._stored.add(run, number, spans)
         except DatabaseError as error:  # a full disk, most likely: the round itself will say so
             log.warning("round not traced", run=run.hex()[:12], round=number, spans=len(spans), reason=str(error.orig))
-
-
-class TracedCloser(RoundCloser):
-    """Opens sums, and notes how long the steps of it took."""
-
-    _trace: RoundTrace | None = None
-
-    def note_in(self, trace: RoundTrace) -> None:
-        """Where to note them."""
-        self._trace = trace
-
-    def _masks(self, manifest: Manifest, state: Round) -> tuple[SignedMask, ...]:
-        with self._step(state, "reconstruct"):
-            return super()._masks(manifest, state)
-
-    def _apply(
-        self, manifest: Manifest, state: Round, encoding: Encoding, opening: SumOpening
-    ) -> tuple[RoundOutcome, StoredCheckpoint | None]:
-        with self._step(state, "sum and write"):
-            return super()._apply(manifest, state, encoding, opening)
-
-    @contextmanager
-    def _step(self, state: Round, what: str) -> Iterator[None]:
-        if self._trace is None:
-            yield
-            return
-        with self._trace.step(state, what):
-            yield

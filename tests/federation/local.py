@@ -54,6 +54,7 @@ class SiteSpec:
     policy: Mapping[str, Toml] = field(default_factory=dict)
     cache: Mapping[str, Toml] = field(default_factory=dict)
     trainer: Mapping[str, Toml] = field(default_factory=lambda: {"device": "cpu", "threads": 1})
+    evaluation: Mapping[str, Toml] = field(default_factory=dict)
 
 
 class LocalFederation:
@@ -135,6 +136,7 @@ class LocalFederation:
             "trainer": dict(spec.trainer),
             "policy": dict(spec.policy),
             "cache": dict(spec.cache),
+            "evaluation": dict(spec.evaluation),
         }
         self.config(site).write_text(to_toml(tables), encoding="utf-8")
         invitation = self.root / site / "invitation"

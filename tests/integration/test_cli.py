@@ -192,6 +192,7 @@ def test_round_list_json(cosilo: Run, script: Script, capsys: pytest.CaptureFixt
                 "bytes_up": 9_800_000,
                 "base": BASE.hex(),
                 "checkpoint": None,
+                "moments": None,
                 "losses": {
                     "heldout": 0.5,
                     "heldout_by_bucket": [0.75, 0.25],

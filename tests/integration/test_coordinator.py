@@ -81,7 +81,9 @@ class World:
 
     async def create(self, manifest: Manifest) -> bytes:
         signature = sign_manifest(manifest, self.founded.admin_key)
-        answer = await self.admin.CreateRun(admin_pb2.CreateRunRequest(manifest=manifest.canonical(), signature=signature), timeout=CREATE_S)
+        answer = await self.admin.CreateRun(
+            admin_pb2.CreateRunRequest(manifest=manifest.canonical(), signature=signature), timeout=CREATE_S
+        )
         assert answer.run == manifest.digest()
         return answer.run
 

@@ -33,7 +33,7 @@ WEIGHTS = sha256(b"the untrained weights").hex()
 class FaultyCloser:
     """Opens no sum: fails in a way that nobody foresaw."""
 
-    def open(self, manifest: object, state: object) -> Any:
+    def open(self, manifest: object, state: object, step: object) -> Any:
         raise ZeroDivisionError("nobody foresaw this")
 
 

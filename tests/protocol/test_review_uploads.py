@@ -20,6 +20,7 @@ from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds import machine
 from cosilo_server.rounds.events import AdvertReceived, Event, Refuse
 from cosilo_server.rounds.state import Phase, Round
+from cosilo_server.services import uploads
 from cosilo_server.services.uploads import UploadDesk
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store, terms_of
@@ -117,6 +118,19 @@ async def test_an_upload_that_counts_is_not_replaced(desk: Desk) -> None:
     assert caught.value.rule == "R4"
     assert desk.path.read_bytes() == first
     assert [r.stored for r in await desk.put(first)] == [False, True]  # the same statement again is no attack
+
+
+async def test_an_upload_that_a_crash_left_whole_is_synced_before_it_is_acknowledged(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies between the renaming and the sync of its folder leaves a name that a power cut may take: the next one, which
+    finds the upload there, makes it last before it says that it has it. Found by the simulator's rule "durable"."""
+    payload, synced = desk.payload(b"\x01"), list[Path]()
+    desk.path.parent.mkdir(parents=True)
+    desk.path.write_bytes(payload)
+    monkeypatch.setattr(uploads, "sync_folder", synced.append)
+    answers = desk.desk.receive("mallory", stream(desk.header(payload)))
+    assert (await anext(answers)).resume_offset == len(payload)
+    assert synced == [desk.path.parent]
+    assert (await anext(answers)).stored
 
 
 async def test_one_upload_at_a_time(desk: Desk) -> None:

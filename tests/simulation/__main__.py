@@ -24,13 +24,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.simulation.mutants import LIES, Verdict, try_all
+from tests.simulation.mutants import Verdict, try_all
 from tests.simulation.scenario import Scenario, scenario_of
 from tests.simulation.world import Report, simulate
 
 ROOT = Path(__file__).parents[2]
 HASH_SEED = "0"  # sets of names are walked in one order, in every process
 SECONDS = 600.0
+LIES = 0.1  # share of twisted assignments with --lies, where a seed draws no higher one
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +85,8 @@ def _mutants(asked: argparse.Namespace) -> int:
     def tell(verdict: Verdict) -> None:
         fate = f"caught by {verdict.rule}" if verdict.rule else "SURVIVES"
         wrong = "" if verdict.caught else f": {verdict.what[-400:]}"
-        print(f"{verdict.mutant.name}: {fate} after {verdict.seeds} seeds, {verdict.rounds} rounds{wrong}", flush=True)
+        where = f"{verdict.seeds} seeds ({verdict.mutant.where.__name__}), {verdict.rounds} rounds, in seed {verdict.seed}"
+        print(f"{verdict.mutant.name}: {fate} after {where}{wrong}", flush=True)
 
     verdicts = try_all(asked.mutants, asked.jobs, tell)
     missed = [verdict.mutant.name for verdict in verdicts if not verdict.caught]

@@ -23,7 +23,7 @@ from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.weights import WeightsWriter
 from cosilo_server.aggregation import Aggregation
 from cosilo_server.artifacts import Artifacts
-from cosilo_server.closing import RoundCloser, RoundOutcome, untrained_checkpoint
+from cosilo_server.closing import RoundCloser, RoundOutcome, Step, untrained_checkpoint
 from cosilo_server.conductor import Conductor
 from cosilo_server.config import Limits
 from cosilo_server.metrics import CoordinatorMetrics
@@ -76,10 +76,10 @@ class WatchedCloser(RoundCloser):
 
     watch: Watch
 
-    def open(self, manifest: Manifest, state: Round) -> tuple[RoundOutcome, StoredCheckpoint | None]:
+    def open(self, manifest: Manifest, state: Round, step: Step) -> tuple[RoundOutcome, StoredCheckpoint | None]:
         self.watch.opening(state)
         try:
-            return super().open(manifest, state)
+            return super().open(manifest, state, step)
         except (CosiloError, OSError) as error:
             process = CURRENT.get()
             if process is not None and process.alive and not process.disk.full:

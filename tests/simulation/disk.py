@@ -39,6 +39,7 @@ class _Change:
     """One change of a folder's names that a power cut may undo."""
 
     order: int
+    path: str
     undo: Callable[[], None]
 
 
@@ -71,6 +72,10 @@ class Disk:
         """A file or a folder was synced."""
         self._baselines.pop(path, None)
         self._changes.pop(path, None)
+
+    def durable(self, path: str) -> bool:
+        """Whether a power cut now would leave a file as it is, and under its name."""
+        return path not in self._baselines and all(change.path != path for change in self._changes.get(os.path.dirname(path), []))
 
     def replaced(self, source: str, target: str, old: bytes | None, old_changed_ns: int) -> None:
         """A file took another's name."""
@@ -129,7 +134,7 @@ class Disk:
 
     def _note(self, path: str, undo: Callable[[], None]) -> None:
         self._order += 1
-        self._changes.setdefault(os.path.dirname(path), []).append(_Change(self._order, undo))
+        self._changes.setdefault(os.path.dirname(path), []).append(_Change(self._order, path, undo))
 
 
 REAL: dict[str, Callable[..., Any]] = {

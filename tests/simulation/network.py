@@ -34,6 +34,8 @@ class Weather:
     vanished: float = 0.0  # a unary request that no answer ever comes to
     doubled: float = 0.0  # a Submit that is carried out again, later
     corrupted: float = 0.0  # a flipped bit in a chunk of data
+    dawdled: float = 0.0  # an upload whose data comes by dawdle_s later, whatever its site has heard meanwhile
+    dawdle_s: tuple[float, float] = (12.0, 20.0)  # about the deadline: the round is still there, and has its survivors
 
 
 class Observer(Protocol):

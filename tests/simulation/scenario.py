@@ -43,6 +43,7 @@ class Scenario:
     rounds_a_chapter: int
     chunk_bytes: int
     lies: float = 0.0  # share of assignments that a lying coordinator twists
+    misdealt: float = 0.0  # share of dealings that are wrong for one peer, and of uploads at which somebody complains without cause
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -55,6 +56,7 @@ class Scenario:
         mode = f"secure f={first.f}" if first.secure else "plain"
         cohort = f" cohort {first.cohort}" if first.cohort else ""
         lies = f", lies {self.lies:g}" if self.lies else ""
+        lies += f", misdealt {self.misdealt:g}" if self.misdealt else ""
         return f"{len(self.sites)} sites, {len(self.manifests)} runs, {mode} b={first.encoding.bits}{cohort}{lies}"
 
 
@@ -106,6 +108,7 @@ def scenario_of(seed: int, sites: int = 0) -> Scenario:
         rounds_a_chapter=12 if count < 7 else 6 if count < 13 else 2,
         chunk_bytes=random.choice((64, 200, 1 << 20)),
         lies=random.choice((0.02, 0.1, 0.3)) if random.random() < 0.12 else 0.0,
+        misdealt=random.choice((0.02, 0.1, 0.3)) if random.random() < 0.12 and secure else 0.0,
     )
 
 
@@ -117,7 +120,7 @@ def calm(seed: int, sites: int = 4) -> Scenario:
 
 def kinds(random: Random) -> RoundKind:
     """The kind of an order."""
-    return random.choices(list(RoundKind), weights=(8, 1, 1))[0]
+    return random.choices((RoundKind.TRAIN, RoundKind.REHEARSAL, RoundKind.STATISTICS), weights=(8, 1, 1))[0]
 
 
 def _count(random: Random) -> int:
@@ -165,6 +168,7 @@ def _weather(random: Random, stormy: float) -> Weather:
         vanished=random.choice((0.0, worst / 2)),
         doubled=random.choice((0.0, worst * 3)),
         corrupted=random.choice((0.0, 0.0, worst / 4)),
+        dawdled=random.choice((0.0, 0.0, worst * 5)),
     )
 
 

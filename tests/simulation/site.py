@@ -24,17 +24,18 @@ from cosilo_client.config import NetworkTable, PolicyTable
 from cosilo_client.data import DataConfig
 from cosilo_client.duties import Site
 from cosilo_client.joining import refuse_unlisted
-from cosilo_client.journal import Journal, open_ledger
+from cosilo_client.journal import Journal, _facts, open_ledger
 from cosilo_client.ledger import RoundEntry
 from cosilo_client.metrics import SiteMetrics
 from cosilo_client.participation import Participation
 from cosilo_client.policy import Refusal
 from cosilo_client.session import Session
 from cosilo_client.spending import Spending
-from cosilo_client.trainer.jobs import Job
+from cosilo_client.trainer.jobs import Job, TrainJob
 from cosilo_client.training import Training
 from cosilo_client.transport import Transport
 from cosilo_common.canonical import sha256
+from cosilo_common.diffusion.seeding import site_seed
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.keys import InsecureFakeRandom
@@ -173,8 +174,11 @@ class SiteParty:
 
     def _training_starts(self, job: Job) -> None:
         """A site trains a round once, whatever is killed, unless what it trained was lost (R4, R8)."""
-        update = getattr(job, "update", None)
-        if update is not None and (update.parent / "update.json").exists() and self.process is not None and self.process.alive:
+        if not isinstance(job, TrainJob) or self.process is None or not self.process.alive:
+            return
+        facts = job.update.parent / "update.json"
+        found = _facts(facts.read_bytes()) if facts.exists() else None
+        if found is not None and site_seed(found.round, self.name, job.training.seed) == job.seed and job.update.exists():
             self._watch.fail("trained", f"{self.name} trains again though its update is on disk")
 
     async def stop(self) -> None:

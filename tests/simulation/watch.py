@@ -48,16 +48,19 @@ class _Put:
 class Watch:
     """What was seen so far. honest: whether the coordinator tells the truth; if not, what it proposes is no concern.
 
-    entry_of: a site's ledger on one round; permits: what a person at a site allowed for a base model.
+    entry_of: a site's ledger on one round; permits: what a person at a site allowed for a base model; durable: whether a power cut would
+    leave the coordinator what one site uploaded in a round.
     """
 
     now: Callable[[], float]
     entry_of: Callable[[str, bytes, int], RoundEntry | None]
     permits: Callable[[str, bytes], int]
+    durable: Callable[[bytes, int, str], bool]
     trace: Callable[[str], None]
     honest: bool = True
     violation: Violation | None = None
     broken: asyncio.Event = field(default_factory=asyncio.Event)
+    on_upload: Callable[[Signed], None] = lambda signed: None
     manifests: dict[bytes, Manifest] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     committed: dict[bytes, Round] = field(default_factory=dict)
@@ -211,6 +214,10 @@ class Watch:
 
     def _acknowledge(self, signed: Signed, what: str, content: bytes) -> None:
         self.counts[f"acknowledged {what}"] += 1
+        if what == "upload" and not self.durable(signed.run, signed.round, signed.site):
+            self.fail("durable", f"the upload of {signed.site} in {signed.round}.{signed.attempt} is acknowledged and not synced")
+        if what == "upload":
+            self.on_upload(signed)
         self.trace(f"coordinator acknowledges {what} of {signed.site} {signed.run.hex()[:6]}/{signed.round}.{signed.attempt}")
         self._acknowledged.setdefault((signed.run, signed.round, signed.attempt), {})[signed.site, what] = content
 
@@ -249,7 +256,9 @@ class Watch:
         """A round was committed."""
         self.committed[state.run] = _durable(state)
         if state.survivors:
+            self._of_this_attempt(state)
             self._survivors(state.run, state.number, state.survivors)
+            self._in_time(state)
         if state.ended:
             if (state.run, state.number) in self._ended:
                 self.fail("counted", f"round {state.number} ends twice")
@@ -279,6 +288,21 @@ class Watch:
                     self.fail("lost", f"{site} uploaded in time in round {state.number} and is no survivor")
             elif what in ("advert", "shares") and getattr(record, what) != content:
                 self.fail("lost", f"the {what} of {site} in {state.number}.{state.attempt} was acknowledged and is gone")
+
+    def _of_this_attempt(self, state: Round) -> None:
+        """The masks of another attempt do not cancel in this one's sum."""
+        if ("survivors", state.run, state.number) in self._unique or state.ended:
+            return
+        for site in state.survivors:
+            upload = state.sites[site].upload
+            if upload is None or Signed.decode(upload.statement).attempt != state.attempt:
+                self.fail("attempt", f"{site} is a survivor of {state.number}.{state.attempt} without an upload of that attempt")
+
+    def _in_time(self, state: Round) -> None:
+        """Once there are survivors no upload is taken any more: it would count for nothing, and stand under masks that are opened."""
+        for site in state.roster:
+            if state.sites[site].upload is not None and site not in state.survivors:
+                self.fail("late", f"{site} is no survivor of {state.number}.{state.attempt}, and its upload stands there")
 
     def _survivors(self, run: bytes, round_: int, survivors: tuple[str, ...]) -> None:
         self._only_one("survivors", ("survivors", run, round_), " ".join(survivors).encode(), f"round {round_} has two survivor sets")

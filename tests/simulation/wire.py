@@ -20,13 +20,18 @@ from sqlalchemy.exc import OperationalError
 from cosilo_common.errors import CosiloError
 from cosilo_common.framing import DATA_FIELD
 from cosilo_common.identity.names import Peer, PeerName, Role
-from tests.simulation.network import Connection, Network
+from cosilo_common.rpc.v1 import site_pb2
+from cosilo_common.secagg.messages import Signed
+from tests.simulation.network import Connection, Network, Server
 from tests.simulation.process import CURRENT, Process, ProcessDied
 
 CONNECT_S: Final = 20.0  # a SYN into a dead link is given up after this
 DOUBLED_S: Final = 90.0  # how much later a doubled request may come
+RESETS: Final = 6.0  # calls reset for each message that is lost with its connection
+GONE_S: Final = 0.01  # as long as a handler's first threads take, or two: a caller that goes meanwhile leaves one of them at work
 SUBMIT: Final = "/cosilo.v1.SiteService/Submit"
-CHUNKED: Final = frozenset({"/cosilo.v1.SiteService/PutUpdate", "/cosilo.v1.SiteService/GetArtifact"})
+PUT: Final = "/cosilo.v1.SiteService/PutUpdate"
+CHUNKED: Final = frozenset({PUT, "/cosilo.v1.SiteService/GetArtifact"})
 FEDERATION: Final = "simulated"
 NOT_AFTER: Final = datetime(2100, 1, 1, tzinfo=UTC)
 
@@ -98,6 +103,7 @@ class Call:
         self._requested = asyncio.Event()
         self._status: tuple[grpc.StatusCode, str] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._dawdles = False  # it is of a site that keeps no time: what it has begun to send comes, late or not
         self.network.calls += 1
         self.number = self.network.calls
         self.connection.calls[self] = None
@@ -120,6 +126,11 @@ class Call:
             raise asyncio.InvalidStateError("the call has ended")
         data = self._serialise(message)
         self._leaves(data)
+        if self.method == PUT and data[:1] == DATA_FIELD and not self._dawdles:
+            weather = self.network.weather
+            self._dawdles = self.network.drawn(weather.dawdled, "uploads dawdled")
+            if self._dawdles:
+                self.last_up = self.network.loop.time() + self.network.random.uniform(*weather.dawdle_s)
         data = self._on_the_way(data)
         self.connection.transmit(self, True, lambda: self._request(data))
         await asyncio.sleep(0)
@@ -146,7 +157,8 @@ class Call:
         """Gives the call up."""
         if self._status is None:
             self.ended(grpc.StatusCode.CANCELLED, "the site gave up")
-            self.connection.transmit(self, True, self.cancel_handler)
+            if not self._dawdles:
+                self.connection.transmit(self, True, self.cancel_handler)
 
     async def code(self) -> grpc.StatusCode:
         """How the call ended."""
@@ -209,6 +221,12 @@ class Call:
             self._end_requests()
         self._task = server.process.start(self._serve(server.methods[self.method], server.process), name=f"serve {self.method}")
         self._task.add_done_callback(lambda _: self.connection.calls.pop(self, None) if self._status is not None else None)
+        if self.method == SUBMIT and self.network.drawn(RESETS * self.network.weather.cut, "calls reset while they are served"):
+            self.network.loop.call_later(GONE_S * self.network.random.random(), self._reset)
+
+    def _reset(self) -> None:
+        self.cancel_handler()
+        self.connection.transmit(self, False, lambda: self.ended(grpc.StatusCode.UNAVAILABLE, "the stream was reset"))
 
     def _request(self, data: bytes) -> None:
         self._requests.append(data)
@@ -340,6 +358,19 @@ class Doubled:
                 pass
 
         server.process.start(carry_out(), name=f"again {self._method}")
+
+
+def hand_in(server: Server, site: str, message: Signed) -> None:
+    """A message of a site that keeps no rule: it comes over a connection of its own, and nobody waits for the answer."""
+    handler = server.methods[SUBMIT]
+
+    async def carry_out() -> None:
+        try:
+            await handler.unary_unary(site_pb2.SubmitRequest(message=message.encode()), Context(site))
+        except grpc.aio.AbortError:
+            pass
+
+    server.process.start(carry_out(), name=f"unruly {SUBMIT}")
 
 
 class Context:

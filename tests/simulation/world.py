@@ -28,13 +28,13 @@ from sqlalchemy.exc import OperationalError
 import cosilo_common.transfer
 from cosilo_client.ledger import RoundState
 from cosilo_common.errors import CosiloError
-from cosilo_common.secagg.messages import RoundKind
+from cosilo_common.secagg.messages import RoundKind, Signed
 from tests.simulation import site as site_module
 from tests.simulation import sums as sums_module
 from tests.simulation.clock import SimulatedLoop, Stalled
 from tests.simulation.coordinator import CoordinatorParty
 from tests.simulation.disk import discard_folder, simulated_disks
-from tests.simulation.liar import Liar
+from tests.simulation.liar import BadPeers, Liar
 from tests.simulation.network import Network, Weather
 from tests.simulation.process import CURRENT, Process
 from tests.simulation.scenario import Scenario, kinds
@@ -42,6 +42,7 @@ from tests.simulation.site import SiteParty
 from tests.simulation.sums import Sums
 from tests.simulation.trainer import Temper
 from tests.simulation.watch import Violation, Watch
+from tests.simulation.wire import hand_in
 
 CHAOS_S_MAX = 900.0  # a chapter of faults ends after this at the latest
 PEACE_S_MAX = 1500.0  # BACKOFF_MAX_S, then each round left, with a site or two that must first be heard of by keepalive
@@ -83,7 +84,7 @@ class World:
         self._tell = tell
         self._root = str(root)
         self._trace = hashlib.sha256()
-        self.watch = Watch(self.loop.time, self._entry_of, self._permits, self.trace)
+        self.watch = Watch(self.loop.time, self._entry_of, self._permits, self._durable, self.trace)
         self.weather, self.temper = Weather(), Temper()
         self.network = Network(self.loop, Random(f"network/{seed}"), self.weather, self.watch)
         scratch = root / "scratch"
@@ -106,6 +107,8 @@ class World:
         }
         self.liar = Liar(Random(f"liar/{seed}"), scenario.lies) if scenario.lies else None
         self.watch.honest = self.liar is None
+        self.peers = BadPeers(Random(f"peers/{seed}"), scenario.misdealt, lambda: not self.calm)
+        self.watch.on_upload = self._uploaded
         self.away: set[str] = set()
         self._silent: set[Process] = set()
         self._supervisors: list[asyncio.Task[None]] = []
@@ -177,6 +180,8 @@ class World:
             self.network.link(name).slow_s = 0.0
             self.network.link_up(name)
         self.away.clear()
+        for name in self.sites if self.liar is not None else ():
+            self.network.cut_any(name)  # what it was told last may be a lie: it hears the truth as it comes back
         left = sum(self._left_to_do().values())
         ends_at = self.loop.time() + PEACE_S_MAX + 60.0 * left
         while any(self._left_to_do().values()):
@@ -500,6 +505,17 @@ class World:
     def _permits(self, site: str, base: bytes) -> int:
         return self.sites[site].permitted(base)
 
+    def _durable(self, run: bytes, round_: int, site: str) -> bool:
+        path = self.coordinator.root / "spool" / run.hex() / str(round_) / site
+        return not path.exists() or self.coordinator.disk.durable(str(path))
+
+    def _uploaded(self, upload: Signed) -> None:
+        conductor, server = self.coordinator.conductor, self.network.server
+        if conductor is not None and server is not None:
+            complaint = self.peers.accusation(conductor.round(upload.run))
+            if complaint is not None:
+                hand_in(server, complaint.site, complaint)
+
     def _rounds_ended(self) -> int:
         return self.watch.counts["rounds closed"] + self.watch.counts["rounds abandoned"]
 
@@ -548,6 +564,7 @@ def _report(report: Report, world: World) -> None:
         report.faults += party.disk.faults
     if world.liar is not None:
         report.faults += world.liar.faults
+    report.faults += world.peers.faults
     report.trace_digest = world.trace_digest()
     report.violation = world.watch.violation
 
@@ -558,7 +575,7 @@ def _in_place(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(simulated_disks())
         stack.enter_context(mock.patch.object(cosilo_common.transfer, "CHUNK_BYTES", world.scenario.chunk_bytes))
-        for module, name, value in [*site_module.patches(world.network), *sums_module.patches(world.sums)]:
+        for module, name, value in [*site_module.patches(world.network), *sums_module.patches(world.sums), *world.peers.patches()]:
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(_listening(world))
         yield

@@ -48,6 +48,7 @@ COMMANDS = [
     "checkpoint keep",
     "checkpoint unkeep",
     "sample",
+    "score",
     "status",
 ]
 HELP_SECONDS_MAX = 0.5  # issue 2
@@ -122,7 +123,7 @@ def test_every_command_takes_the_seat_after_its_verb(command: str, capsys: pytes
         ),
         (
             ["round", "start", "x", "--rehearsal", "--statistics"],
-            "error: invalid value: --rehearsal and --statistics are two kinds of rounds; give one",
+            "error: invalid value: --rehearsal, --statistics and --moments are kinds of rounds; give one",
             "hint: see cosilo round start --help",
         ),
         (

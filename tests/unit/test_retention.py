@@ -15,6 +15,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest, Participant
 from cosilo_server import schema
 from cosilo_server.artifacts import Artifacts
+from cosilo_server.closing import RoundOutcome
 from cosilo_server.config import Retention
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.retention import HOLD_FILE, Collector, holding, kept
@@ -226,6 +227,24 @@ def test_grids_and_traces_are_trimmed(tmp_path: Path) -> None:
     assert [bool(folder.store.spans.of(RUN, number, 1)) for number in range(1, 8)] == [False] * 3 + [True] * 4
     assert Folder(tmp_path).collector.collect() is not None
     assert len(folder.artifacts.digests()) == 2 + 5  # grids; two checkpoints, of which one has no optimiser any more
+
+
+def test_a_sum_of_moments_is_never_collected(tmp_path: Path) -> None:
+    """Sites give it once for an extractor (R9): there is no second."""
+    folder = Folder(tmp_path)
+    folder.fill(1)
+    moments = folder.artifacts.put_bytes(b"moments")
+    outcome = RoundOutcome(100, 3, 0.0, moments=moments).to_json()
+    row = {"run": RUN, "number": 1, "kind": "moments", "started_at": 0.0, "state": "{}", "phase": "closed", "outcome": outcome}
+    with folder.store._engine.begin() as db:
+        db.execute(schema.rounds.insert().values(row))
+        db.execute(schema.rounds.insert().values({**row, "number": 2, "phase": "abandoned", "outcome": ""}))
+    assert folder.artifacts.has(moments)
+    for number in range(2, 12):
+        folder.add(number)
+    assert folder.collector.collect() is not None
+    assert folder.artifacts.has(moments)
+    assert bytes.fromhex(moments) in folder.store.shelf.references()  # so that backups take it along
 
 
 def test_a_backup_holds_the_collector_off(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cosilo_common.diffusion.specification import (
     Training,
 )
 from cosilo_common.errors import CosiloError
+from cosilo_common.manifest import EvaluationTerms
 
 THREADS_MAX = 1024  # more cores than any machine that trains
 
@@ -43,14 +44,17 @@ class TrainerFailed(CosiloError):
         super().__init__("train", subject, hint)
 
 
-class _Job(Plain):
-    weights: Path
-    architecture: Architecture
-    schedule: Schedule
-    training: Training
+class _Measures(Plain):
     data: DataConfig
-    personal: Path | None = None
+    architecture: Architecture
+    training: Training
     threads: Annotated[int, Field(ge=0, le=THREADS_MAX)] = 0
+
+
+class _Job(_Measures):
+    weights: Path
+    schedule: Schedule
+    personal: Path | None = None
 
 
 class TrainJob(_Job):
@@ -77,7 +81,21 @@ class EvaluateJob(_Job):
     kind: Literal["evaluate"] = "evaluate"
 
 
-Job = TrainJob | EvaluateJob
+class MomentsJob(_Measures):
+    """Take the moments of the features of this site's images, the held-out ones among them; no model is needed.
+
+    update: where they go, raw little-endian float32 (`Moments.vector`). network: the site's own extractor, as `extractor` takes it, and
+    weights its file; terms: the run's, whose digest the extractor must have.
+    """
+
+    kind: Literal["moments"] = "moments"
+    update: Path
+    network: str
+    weights: Path | None = None
+    terms: EvaluationTerms
+
+
+Job = TrainJob | EvaluateJob | MomentsJob
 
 
 class Hello(Plain):
@@ -100,14 +118,14 @@ class Progress(Plain):
 class Result(Plain):
     """A finished job.
 
-    weight: W, the number of images trained on (of the training part, for `evaluate`). heldout_losses: of the incoming
-    global weights, the mean in each timestep bucket. train_loss: mean over the round, 0.0 for `evaluate`. images: drawn
-    in all epochs. skipped: images that did not decode.
+    weight: W, the number of images trained on (of the training part, for `evaluate`; measured, for `moments`). heldout_losses: of the incoming
+    global weights, the mean in each timestep bucket; none for `moments`. train_loss: mean over the round, 0.0 where nothing was trained.
+    images: drawn in all epochs. skipped: images that did not decode. data: digest of the images measured, for `moments`.
     """
 
     kind: Literal["result"] = "result"
     weight: Annotated[int, Field(ge=1)]
-    heldout_losses: Annotated[tuple[float, ...], Field(min_length=1, max_length=BUCKETS_MAX)]
+    heldout_losses: Annotated[tuple[float, ...], Field(max_length=BUCKETS_MAX)]
     train_loss: float
     steps: int
     images: int
@@ -116,6 +134,7 @@ class Result(Plain):
     gpu_memory_bytes: int
     device: str
     skipped: int
+    data: str = ""
 
 
 class Notice(Plain):

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cosilo_client.data import data_stamp, load_images, open_source, split_heldout
 from cosilo_client.trainer.control import ControlVariates
 from cosilo_client.trainer.device import Workplace
-from cosilo_client.trainer.jobs import FailureCode, Job, Progress, Result, TrainerFailed, TrainJob
+from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Job, MomentsJob, Progress, Result, TrainerFailed, TrainJob
+from cosilo_client.trainer.measuring import measure
 from cosilo_client.trainer.training import DeviceImages, Trained, train
 from cosilo_client.trainer.update import write_update
 from cosilo_common.diffusion.model import build_unet, load_vector, ordered_parameters, tensor_table, vector_blocks
@@ -47,6 +48,8 @@ class Workshop:
         if place.cuda:
             torch.cuda.reset_peak_memory_stats(place.device)
         data = self._load_images(job)
+        if isinstance(job, MomentsJob):
+            return measure(data, job, report) if place.rank == 0 else _nothing_measured(place.device)
         split = split_of(tensor_table(job.architecture), job.architecture, job.training.personal, job.training.control_variates)
         fetched = open_vector(job.weights, split.base_table)
         base, kept = fetched[: split.table.size], _kept(split, job.personal)
@@ -82,7 +85,7 @@ class Workshop:
             skipped=data.skipped,
         )
 
-    def _measure(self, unet: torch.nn.Module, data: DeviceImages, job: Job) -> tuple[float, ...]:
+    def _measure(self, unet: torch.nn.Module, data: DeviceImages, job: TrainJob | EvaluateJob) -> tuple[float, ...]:
         kept = data.heldout[: heldout_count(len(data.heldout))].to(data.images.device)
         with self._place.autocast():
             sums = heldout_losses(
@@ -141,6 +144,22 @@ class Workshop:
             if tensor.nbytes <= free * GPU_SHARE_FOR_IMAGES:
                 return tensor.to(self._place.device)
         return tensor
+
+
+def _nothing_measured(device: torch.device) -> Result:
+    """What ranks say that had no part in a moments round: one is enough."""
+    return Result(
+        weight=1,
+        heldout_losses=(),
+        train_loss=0.0,
+        steps=0,
+        images=0,
+        seconds=0.0,
+        images_per_second=0.0,
+        gpu_memory_bytes=0,
+        device=str(device),
+        skipped=0,
+    )
 
 
 def _kept(split: Split, path: Path | None) -> Vector | None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from cosilo_common.errors import CosiloError
 from cosilo_common.evaluation import inception, lite0
+from cosilo_common.manifest import EvaluationTerms
 
 LITE0: Final = "efficientnet-lite0"
 INCEPTION: Final = "inception"
@@ -66,16 +67,23 @@ class Extractor:
         return F.interpolate(x, size=(self.side_pixels, self.side_pixels), mode="bilinear", antialias=True)
 
 
-def extractor(name: str, *, weights: Path | None = None, sha256: str | None = None) -> Extractor:
-    """The extractor of that name.
+def extractor(name: str, *, weights: Path | None = None, sha256: str | None = None, side_pixels: int | None = None) -> Extractor:
+    """The extractor of that name. side_pixels: of its input, where it is not the network's usual; EfficientNet-lite0 takes others.
 
     name: "efficientnet-lite0" (weights: its converted file, unless it is at `lite0_path`); "inception" (weights: a safetensors file, with
     its sha256); or "module:callable", which is called without arguments and returns (side_pixels, network): code of whoever runs this,
     never of a run. Raises CosiloError where a file is missing or another one.
     """
+    found = _found(name, weights, sha256, side_pixels)
+    if side_pixels not in (None, found.side_pixels):
+        raise CosiloError("load extractor", f"{found.name} does not take images of {side_pixels} pixels", f"say {found.side_pixels}")
+    return found
+
+
+def _found(name: str, weights: Path | None, sha256: str | None, side_pixels: int | None) -> Extractor:
     if name == LITE0:
-        state = _load(weights or lite0_path(), sha256 or LITE0_SHA256, "run python tools/convert_efficientnet.py")
-        return Extractor(f"{LITE0}@{LITE0_SIDE_PIXELS}", sha256 or LITE0_SHA256, LITE0_SIDE_PIXELS, lite0.Lite0(state))
+        state, side = _load(weights or lite0_path(), sha256 or LITE0_SHA256, "run python tools/convert_efficientnet.py"), side_pixels
+        return Extractor(f"{LITE0}@{side or LITE0_SIDE_PIXELS}", sha256 or LITE0_SHA256, side or LITE0_SIDE_PIXELS, lite0.Lite0(state))
     if name == INCEPTION:
         if weights is None or sha256 is None:
             raise CosiloError("load extractor", "inception's weights do not come with Cosilo", "give their path and their SHA-256")
@@ -84,6 +92,16 @@ def extractor(name: str, *, weights: Path | None = None, sha256: str | None = No
     if ":" in name:
         return _own(name)
     raise CosiloError("load extractor", f"none is called {name!r}", f"choose {LITE0}, {INCEPTION} or module:callable")
+
+
+def named(terms: EvaluationTerms, weights: Path | None) -> Extractor:
+    """The extractor of a run's terms, proved by its digest. Whoever calls this has decided that a module of that name may run here."""
+    found = extractor(terms.extractor, weights=weights, sha256=terms.sha256, side_pixels=terms.side_pixels)
+    if found.digest != terms.sha256:
+        raise CosiloError(
+            "load extractor", f"{found.name} has SHA-256 {found.digest}, the run says {terms.sha256}", "use the run's own file"
+        )
+    return found
 
 
 def lite0_path() -> Path:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cosilo_common.evaluation.distances import Gaussian
+from cosilo_common.manifest import FEATURES_MAX
+from cosilo_common.weights import TensorTable, open_vector, read_header
 
-DIMENSION_MAX = 4096  # twice Inception's; 8.4 million values, 34 MB an upload
+_COUNT, _FIRST, _SECOND = "count", "mean", "second_moment"  # the artifact's tensors; sorted, and so the vector lies behind the count
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Moments:
     @classmethod
     def of(cls, rows: NDArray[np.floating]) -> Self:
         """The moments of rows (n, d), n >= 1."""
-        if rows.ndim != 2 or not len(rows) or not 1 <= rows.shape[1] <= DIMENSION_MAX:
-            raise ValueError(f"{rows.shape}: one row or more, of 1 to {DIMENSION_MAX} features, is needed")
+        if rows.ndim != 2 or not len(rows) or not 1 <= rows.shape[1] <= FEATURES_MAX:
+            raise ValueError(f"{rows.shape}: one row or more, of 1 to {FEATURES_MAX} features, is needed")
         wide = rows.astype(np.float64)
         product = wide.T @ wide / len(wide)
         return cls(len(wide), wide.mean(axis=0), product[np.triu_indices(wide.shape[1])])
@@ -58,6 +61,19 @@ class Moments:
         product = upper + np.triu(upper, 1).T
         covariance = (product - np.outer(self.first, self.first)) * (self.count / (self.count - 1))
         return Gaussian(self.first, covariance, self.count)
+
+
+def moments_table(dimension: int) -> TensorTable:
+    """The artifact of an opened sum: count (1,), mean (d,), second_moment (d (d + 1) / 2,), the upper triangle row by row; float32."""
+    return TensorTable(((_COUNT, (1,)), (_FIRST, (dimension,)), (_SECOND, (packed_size(dimension) - dimension,))))
+
+
+def read_moments(path: Path) -> Moments:
+    """An artifact of `moments_table`. Raises CosiloError on any other file."""
+    entries = dict(read_header(path).table.entries)
+    dimension = next(iter(entries.get(_FIRST, ())), 1)
+    vector = open_vector(path, moments_table(min(dimension, FEATURES_MAX)))
+    return Moments.from_vector(int(vector[0]), vector[1:])
 
 
 def pooled(parts: Iterable[Moments]) -> Moments:

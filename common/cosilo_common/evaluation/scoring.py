@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from cosilo_common.canonical import lp, sha256
 from cosilo_common.diffusion.sampling import draw_images, to_uint8
 from cosilo_common.diffusion.specification import Sampling, Schedule
+from cosilo_common.errors import CosiloError
 from cosilo_common.evaluation.distances import (
     NEIGHBOURS,
     frechet_distance,
@@ -29,6 +30,7 @@ from cosilo_common.evaluation.distances import (
     precision_recall,
 )
 from cosilo_common.evaluation.extractors import Extractor, Features, Pixels
+from cosilo_common.evaluation.moments import Moments
 
 KID_SUBSETS: Final = 50
 KID_SUBSET_SIZE: Final = 500  # half of the authors' 1,000: sets here have 2,000 images and more; the estimate stays unbiased
@@ -128,6 +130,31 @@ def score(real: Scored, generated: Scored, *, seed: int, by_class: bool = False)
         recall=manifold.recall,
         inception_score=None if logits is None else inception_score(logits.astype(np.float64)),
         by_class=tuple(_class_scores(real, generated, random)) if by_class else (),
+    )
+
+
+@dataclass(frozen=True)
+class FederatedScores:
+    """What can be said against real images of which only the summed moments are known. extractor: its name with its input size."""
+
+    fid: float
+    inception_score: float | None
+    real_images: int
+    extractor: str
+
+
+def score_against_moments(extractor: Extractor, real: Moments, images: Pixels) -> FederatedScores:
+    """Scores drawn images (n, C, H, W) against a moments round's sum. Raises CosiloError where it is of another width."""
+    features = extractor.features(images)
+    if features.vectors.shape[1] != len(real.first):
+        width = features.vectors.shape[1]
+        raise CosiloError("score", f"{extractor.name} has {width} features, the sum {len(real.first)}", "use the run's extractor")
+    logits = features.logits
+    return FederatedScores(
+        fid=frechet_distance(real.gaussian(), gaussian(features.vectors.astype(np.float64))),
+        inception_score=None if logits is None else inception_score(logits.astype(np.float64)),
+        real_images=real.count,
+        extractor=extractor.name,
     )
 
 

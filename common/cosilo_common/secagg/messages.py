@@ -60,6 +60,7 @@ class RoundKind(StrEnum):
     TRAIN = "train"
     REHEARSAL = "rehearsal"
     STATISTICS = "statistics"
+    MOMENTS = "moments"
 
 
 class ComplaintCode(StrEnum):

@@ -24,6 +24,7 @@ class Rule(StrEnum):
     ONE_SHARE = "R6"
     FORGETTING = "R7"
     NO_SECOND_LOOK = "R8"
+    ONE_CONTRIBUTION = "R9"
     START = "phase-0"
     ADVERT = "phase-1"
     ROSTER = "phase-2"

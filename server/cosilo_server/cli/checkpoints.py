@@ -44,7 +44,7 @@ def list_checkpoints(seat: Seat, run: RunName, as_json: AsJson = False) -> None:
 
     with connect(seat) as coordinator:
         summary = find_run(coordinator, run)
-        checkpoints = _fetch_checkpoints(coordinator, summary.run)
+        checkpoints = fetch_checkpoints(coordinator, summary.run)
     if as_json:
         say_json({"run": summary.run.hex(), "checkpoints": checkpoints})
         return
@@ -119,8 +119,8 @@ def pull(
 
     with connect(seat) as coordinator:
         summary = find_run(coordinator, run)
-        checkpoint = _choose(_fetch_checkpoints(coordinator, summary.run), summary.name, at_round)
-        artifact, digest = _artifact(checkpoint, raw)
+        checkpoint = choose_checkpoint(fetch_checkpoints(coordinator, summary.run), summary.name, at_round)
+        artifact, digest = artifact_of(checkpoint, raw)
         path = to
         if to.is_dir():
             stem = f"{summary.name.replace(' ', '-')}-{short(summary.run)}"
@@ -188,8 +188,8 @@ def export(
         classes = manifest.architecture.num_classes
         if class_index is not None and class_index >= classes:
             raise CosiloError("export checkpoint", f"class {class_index} does not exist", f"choose from 0 to {classes - 1}")
-        checkpoint = _choose(_fetch_checkpoints(coordinator, summary.run), summary.name, at_round)
-        artifact, digest = _artifact(checkpoint, raw)
+        checkpoint = choose_checkpoint(fetch_checkpoints(coordinator, summary.run), summary.name, at_round)
+        artifact, digest = artifact_of(checkpoint, raw)
         facts = CardFacts(
             manifest=manifest,
             signer=signed.signer,
@@ -268,14 +268,15 @@ def sample(
     say(f"{out}: {per_class} images a class from round {answer.round}, {byte_words(size)}")
 
 
-def _fetch_checkpoints(coordinator: Coordinator, run: bytes) -> list[CheckpointShape]:
+def fetch_checkpoints(coordinator: Coordinator, run: bytes) -> list[CheckpointShape]:
+    """A run's checkpoints, oldest first."""
     from cosilo_common.rpc.v1 import admin_pb2
 
     answer = coordinator.ask("list checkpoints", coordinator.admin.ListCheckpoints, admin_pb2.ListCheckpointsRequest(run=run))
     return [checkpoint_shape(checkpoint) for checkpoint in answer.checkpoints]
 
 
-def _choose(checkpoints: list[CheckpointShape], name: str, at_round: int | None) -> CheckpointShape:
+def choose_checkpoint(checkpoints: list[CheckpointShape], name: str, at_round: int | None) -> CheckpointShape:
     """The newest, or the one that a round made."""
     found = [checkpoint for checkpoint in checkpoints if at_round is None or checkpoint["round"] == at_round]
     if not found:
@@ -290,7 +291,7 @@ def _choose(checkpoints: list[CheckpointShape], name: str, at_round: int | None)
     return found[-1]
 
 
-def _artifact(checkpoint: CheckpointShape, raw: bool) -> tuple[str, str]:
+def artifact_of(checkpoint: CheckpointShape, raw: bool) -> tuple[str, str]:
     """The artifact's word and digest: the moving average where there is one, unless the weights are asked for."""
     ema = checkpoint["ema"]
     return ("weights", checkpoint["weights"]) if raw or ema is None else ("ema", ema)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cosilo_common.errors import CosiloError
-from cosilo_server.cli import auditing, ca, checkpoints, parties, rounds, runs, status
+from cosilo_server.cli import auditing, ca, checkpoints, parties, rounds, runs, scores, status
 from cosilo_server.cli.commands import ADDRESS_VARIABLE, ADMIN_VARIABLE, DEFAULT_FOLDER, host_port, remember_seat
 from cosilo_server.cli.founding import init
 from cosilo_server.cli.terminal import ExitCode, explain, note, refuse, say
@@ -80,6 +80,7 @@ ca.add_to(app)
 runs.add_to(app)
 rounds.add_to(app)
 checkpoints.add_to(app)
+scores.add_to(app)
 auditing.add_to(app)
 status.add_to(app)
 

@@ -24,7 +24,7 @@ from cosilo_server.cli.terminal import number_words, time_words
 SCORES_BYTES_MAX: Final = 16 << 20  # a study's results.json with every cell is below 1 MB
 ROUNDS_SHOWN: Final = 40  # rows of losses: a screen; longer runs are thinned, and their first and last rounds stay
 SCORE_ROWS_MAX: Final = 100
-_SCORE_COLUMNS: Final = ("seeds", "images", "fid", "fid_test", "kid", "precision", "recall", "loss_test")
+_SCORE_COLUMNS: Final = ("seeds", "images", "fid", "fid_test", "inception_score", "kid", "precision", "recall", "loss_test")
 _CELL_CHARS: Final = 80
 # What means something within a line: CommonMark's own, and on hubs also addresses that link themselves, :emoji:, @names and $formulas$.
 _MEANING: Final = re.compile(r"([\\`*_\[\]<>|#!&~@$]|:(?=[^\s\d])|(?<=www)\.)", re.IGNORECASE)

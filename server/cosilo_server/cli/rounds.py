@@ -42,6 +42,9 @@ def start(
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=ROUNDS_PER_ORDER_MAX, help="How many.")] = 1,
     rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Zero training steps and a sum that must be zero; nothing moves.")] = False,
     statistics: Annotated[bool, typer.Option("--statistics", help="Held-out losses of the newest weights; no training.")] = False,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Moments of the real images' features, for cosilo score; once a run, no training.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Watch until they are done: 0 if they are, 1 if they cannot be.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,8 +55,8 @@ def start(
     from cosilo_server.cli.run_names import find_run
     from cosilo_server.cli.watching import Patience
 
-    if rehearsal and statistics:
-        raise typer.BadParameter("--rehearsal and --statistics are two kinds of rounds; give one")
+    if rehearsal + statistics + moments > 1:
+        raise typer.BadParameter("--rehearsal, --statistics and --moments are kinds of rounds; give one")
     if wait and as_json:
         raise typer.BadParameter("--wait prints rounds as they end; give it without --json")
     kind, word = site_pb2.ROUND_KIND_TRAIN, "round"
@@ -61,6 +64,8 @@ def start(
         kind, word = site_pb2.ROUND_KIND_REHEARSAL, "rehearsal"
     elif statistics:
         kind, word = site_pb2.ROUND_KIND_STATISTICS, "statistics round"
+    elif moments:
+        kind, word = site_pb2.ROUND_KIND_MOMENTS, "moments round"
     with connect(seat) as coordinator:
         summary = find_run(coordinator, run)
         question = admin_pb2.StartRoundsRequest(run=summary.run, rounds=rounds, kind=kind)

@@ -24,6 +24,7 @@ from cosilo_common.manifest import (
     CardTerms,
     Deadlines,
     EncodingTerms,
+    EvaluationTerms,
     Manifest,
     ServerOptimiserTerms,
     parse_manifest,
@@ -33,6 +34,7 @@ from cosilo_common.weights import TensorTable
 RUN_FILE_BYTES_MAX = 1 << 20  # a thousand participants' names are 64 kB; a file beyond this is another file
 ALL: Final = "all"
 SECTIONS: Final = ("architecture", "schedule", "training", "sampling")  # what a preset fills
+OPTIONAL: Final[Mapping[str, Any]] = {"evaluation": EvaluationTerms}  # tables that a manifest is without where the file is
 TERMS: Final[Mapping[str, Any]] = {
     "encoding": EncodingTerms,
     "server_optimiser": ServerOptimiserTerms,
@@ -40,7 +42,7 @@ TERMS: Final[Mapping[str, Any]] = {
     "card": CardTerms,
 }
 SCALARS: Final = ("name", "aggregation", "n_min", "f", "cohort", "rounds_max", "ema_decay", "max_rounds_per_model")
-KEYS: Final = frozenset({"preset", "participants", *SCALARS, *SECTIONS, *TERMS})
+KEYS: Final = frozenset({"preset", "participants", *SCALARS, *SECTIONS, *TERMS, *OPTIONAL})
 
 _OPERATION = "read run file"
 _UNKNOWN_KEY = "extra_forbidden"
@@ -61,7 +63,7 @@ class RunFile:
         self.recipe = _recipe(path, given)
         self.seed_given = "seed" in _section(path, given, "training")
         self.values: dict[str, Any] = {key: given[key] for key in SCALARS if key in given}
-        for name, kind in TERMS.items():
+        for name, kind in {**TERMS, **{name: kind for name, kind in OPTIONAL.items() if name in given}}.items():
             section = _section(path, given, name)
             _refuse_unknown(path, section, frozenset(kind.model_fields), f"{name}.")
             self.values[name] = section

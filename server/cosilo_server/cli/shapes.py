@@ -71,6 +71,7 @@ class RoundShape(TypedDict):
     bytes_up: int
     base: str | None
     checkpoint: str | None
+    moments: str | None
     losses: LossShape | None
     sites: list[ProgressShape]
 
@@ -229,6 +230,7 @@ def round_shape(summary: admin_pb2.RoundSummary) -> RoundShape:
         "bytes_up": summary.bytes_up,
         "base": summary.base_digest.hex() or None,
         "checkpoint": summary.checkpoint_digest.hex() or None,
+        "moments": summary.moments_digest.hex() or None,
         "losses": losses,
         "sites": [_progress_shape(site) for site in summary.sites],
     }
@@ -305,7 +307,7 @@ def status_shape(status: admin_pb2.GetStatusResponse) -> StatusShape:
 
 
 def kind_word(kind: int) -> str:
-    """train, rehearsal or statistics."""
+    """train, rehearsal, statistics or moments."""
     from cosilo_common.rpc.v1.site_pb2 import RoundKind
 
     return _word(RoundKind.DESCRIPTOR, kind, "ROUND_KIND_")

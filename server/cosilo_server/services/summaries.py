@@ -237,3 +237,4 @@ def _add_outcome(summary: admin_pb2.RoundSummary, outcome: RoundOutcome) -> None
     summary.total_weight = outcome.total_weight
     summary.update_norm = outcome.update_norm or 0.0
     summary.note = outcome.note
+    summary.moments_digest = bytes.fromhex(outcome.moments)

@@ -11,6 +11,7 @@ KIND_TO_WIRE = {
     RoundKind.TRAIN: site_pb2.ROUND_KIND_TRAIN,
     RoundKind.REHEARSAL: site_pb2.ROUND_KIND_REHEARSAL,
     RoundKind.STATISTICS: site_pb2.ROUND_KIND_STATISTICS,
+    RoundKind.MOMENTS: site_pb2.ROUND_KIND_MOMENTS,
 }
 KIND_FROM_WIRE = {wire: kind for kind, wire in KIND_TO_WIRE.items()}
 

@@ -20,7 +20,7 @@ from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import Signed
 from cosilo_common.secagg.messages import Upload as UploadBody
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
-from cosilo_common.transfer import CHUNK_BYTES, FileSink, Refusal, TransferError, file_digest
+from cosilo_common.transfer import CHUNK_BYTES, FileSink, Refusal, TransferError, file_digest, sync_folder
 from cosilo_server.conductor import Conductor
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed, UploadReceived
@@ -128,7 +128,11 @@ class UploadDesk:
 
     def _stands(self, state: Round, site: str, digest: str) -> bool:
         run, number = state.run.hex(), state.number
-        return self._spool.whole(run, number, site) and file_digest(self._spool.path(run, number, site)) == digest
+        path = self._spool.path(run, number, site)
+        if not self._spool.whole(run, number, site) or file_digest(path) != digest:
+            return False
+        sync_folder(path.parent)  # a crash between its renaming and that: what is acknowledged must outlive the next power cut too
+        return True
 
     async def _fill(self, sink: FileSink, requests: AsyncIterator[bytes], state: Round, site: str, turn: Turn) -> None:
         began, received, count = time.monotonic(), 0, 0

@@ -359,7 +359,7 @@ class StartRoundsRequest(_message.Message):
     rounds: _builtins.int
     """how many, 1 to 10000"""
     kind: _site_pb2.RoundKind.ValueType
-    """train, rehearsal or statistics"""
+    """train, rehearsal, statistics or moments"""
     def __init__(
         self,
         *,
@@ -600,10 +600,11 @@ class RoundSummary(_message.Message):
     UPDATE_NORM_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    MOMENTS_DIGEST_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """its number"""
     kind: _site_pb2.RoundKind.ValueType
-    """train, rehearsal, statistics"""
+    """train, rehearsal, statistics, moments"""
     phase: _site_pb2.RoundPhase.ValueType
     """where it stands"""
     reason: _builtins.str
@@ -636,6 +637,8 @@ class RoundSummary(_message.Message):
     """L2 norm of the opened mean"""
     note: _builtins.str
     """e.g. that an opened sum was exactly zero (rehearsal)"""
+    moments_digest: _builtins.bytes
+    """of a moments round: its artifact; else empty"""
     @_builtins.property
     def invited(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """I"""
@@ -677,10 +680,11 @@ class RoundSummary(_message.Message):
         update_norm: _builtins.float = ...,
         sites: _abc.Iterable[Global___SiteProgress] | None = ...,
         note: _builtins.str = ...,
+        moments_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "checkpoint_digest", b"checkpoint_digest", "clip_ratio", b"clip_ratio", "has_losses", b"has_losses", "heldout_loss", b"heldout_loss", "heldout_loss_by_bucket", b"heldout_loss_by_bucket", "invited", b"invited", "kind", b"kind", "note", b"note", "phase", b"phase", "reason", b"reason", "round", b"round", "seconds", b"seconds", "sites", b"sites", "started_unix_s", b"started_unix_s", "survivors", b"survivors", "total_weight", b"total_weight", "train_loss", b"train_loss", "update_norm", b"update_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "checkpoint_digest", b"checkpoint_digest", "clip_ratio", b"clip_ratio", "has_losses", b"has_losses", "heldout_loss", b"heldout_loss", "heldout_loss_by_bucket", b"heldout_loss_by_bucket", "invited", b"invited", "kind", b"kind", "moments_digest", b"moments_digest", "note", b"note", "phase", b"phase", "reason", b"reason", "round", b"round", "seconds", b"seconds", "sites", b"sites", "started_unix_s", b"started_unix_s", "survivors", b"survivors", "total_weight", b"total_weight", "train_loss", b"train_loss", "update_norm", b"update_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,8 @@ class _RoundKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundKind.V
     """the same with zero steps and a sum that must be zero; nothing moves"""
     ROUND_KIND_STATISTICS: _RoundKind.ValueType  # 3
     """no training: held-out losses of the global weights, summed"""
+    ROUND_KIND_MOMENTS: _RoundKind.ValueType  # 4
+    """no training and no weights: moments of the real images' features, summed, once for an extractor (R9)"""
 
 class RoundKind(_RoundKind, metaclass=_RoundKindEnumTypeWrapper):
     """Training, a rehearsal of zero steps, or statistics under the masks. Part of what sites sign."""
@@ -45,6 +47,8 @@ ROUND_KIND_REHEARSAL: RoundKind.ValueType  # 2
 """the same with zero steps and a sum that must be zero; nothing moves"""
 ROUND_KIND_STATISTICS: RoundKind.ValueType  # 3
 """no training: held-out losses of the global weights, summed"""
+ROUND_KIND_MOMENTS: RoundKind.ValueType  # 4
+"""no training and no weights: moments of the real images' features, summed, once for an extractor (R9)"""
 Global___RoundKind: _TypeAlias = RoundKind  # noqa: Y015
 
 class _RoundPhase:
