@@ -115,6 +115,12 @@ class EvaluationTerms(_Plain):
         return sha256(lp(b"cosilo/moments/1", self.extractor.encode(), bytes.fromhex(self.sha256)))
 
 
+class WarmStartTerms(_Plain):
+    """The weights that the first round begins from, instead of untrained ones. sha256: of a canonical weights file for the run's tensors."""
+
+    sha256: Hex32
+
+
 class Manifest(_Plain):
     """One run, whole.
 
@@ -146,6 +152,7 @@ class Manifest(_Plain):
     deadlines: Deadlines = Deadlines()
     card: CardTerms = CardTerms()
     evaluation: EvaluationTerms | None = None
+    warm_start: WarmStartTerms | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -21,14 +21,18 @@ class Evaluation:
         self._threads = threads
         self._one_at_a_time = asyncio.Semaphore(1)
 
-    async def initial_weights(self, manifest: Manifest, out: Path) -> None:
-        """Writes the run's untrained weights. Raises CosiloError where the manifest's tensors are not its architecture's."""
+    async def initial_weights(self, manifest: Manifest, out: Path, source: Path | None = None) -> None:
+        """Writes the run's first weights: source's, or untrained ones.
+
+        Raises CosiloError where the manifest's tensors are not its architecture's, or source's are not the manifest's.
+        """
         await self._run(
             {
                 "task": "initial",
                 "architecture": manifest.architecture.model_dump(mode="json"),
                 "tensors": manifest.tensor_table.to_plain(),
                 "seed": manifest.training.seed,
+                "source": str(source) if source else "",
                 "out": str(out),
             }
         )

@@ -14,7 +14,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.identity.names import Role
 from cosilo_common.manifest import Manifest, verify_manifest
 from cosilo_common.secagg.messages import RoundKind
-from cosilo_common.transfer import require_free_bytes
+from cosilo_common.transfer import file_digest, require_free_bytes
 from cosilo_server.aggregation import aggregation_of
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.closing import untrained_checkpoint
@@ -22,6 +22,7 @@ from cosilo_server.conductor import Conductor
 from cosilo_server.evaluation import Evaluation
 from cosilo_server.membership import StoredMembers
 from cosilo_server.store import Store, StoredCheckpoint
+from cosilo_server.warm_start import check_named, named_weights
 
 log = structlog.get_logger(__name__)
 
@@ -107,7 +108,12 @@ class RunRegistry:
         size = manifest.tensor_table.size
         require_free_bytes(self._artifacts.root, _FLOAT_BYTES * _CHECKPOINT_FILES * size)
         with self._artifacts.scratch(".safetensors") as path:
-            await self._evaluation.initial_weights(manifest, path)
+            if manifest.warm_start is None:
+                await self._evaluation.initial_weights(manifest, path)
+            else:
+                with named_weights(self._artifacts, manifest.warm_start.sha256) as source:
+                    await self._evaluation.initial_weights(manifest, path, source)
+                check_named(manifest.warm_start.sha256, await asyncio.to_thread(file_digest, path))
             weights = await asyncio.to_thread(self._artifacts.put_file, path)
         encoding = round_encoding(manifest, RoundKind.TRAIN)
         aggregation = aggregation_of(manifest, self._artifacts, encoding)

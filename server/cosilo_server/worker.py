@@ -19,6 +19,7 @@ from cosilo_common.diffusion.sampling import draw_images, to_uint8
 from cosilo_common.diffusion.specification import Architecture, Sampling, Schedule
 from cosilo_common.errors import CosiloError
 from cosilo_common.weights import TensorTable, open_vector, write_weights
+from cosilo_server.warm_start import copy_weights
 
 JOB_BYTES_MAX = 32 << 20  # a manifest's tensor table at its largest
 
@@ -36,7 +37,7 @@ def main() -> int:
 
 
 def _initial(job: dict[str, Any]) -> None:
-    """Untrained weights from the run's seed, checked against the manifest's tensor table."""
+    """First weights, from a file or untrained from the run's seed, checked against the manifest's tensor table."""
     architecture = Architecture.model_validate(job["architecture"])
     declared = TensorTable(tuple((name, tuple(shape)) for name, shape in job["tensors"]))
     table = tensor_table(architecture)
@@ -46,6 +47,9 @@ def _initial(job: dict[str, Any]) -> None:
             "the manifest's tensors are not those of its architecture here",
             "create the run with the same diffusers release as the coordinator's",
         )
+    if job["source"]:
+        copy_weights(Path(job["source"]), table, Path(job["out"]))
+        return
     state = initial_state(architecture, job["seed"])
     write_weights(Path(job["out"]), table, (tensor.flatten().numpy() for tensor in state.values()))
 

@@ -26,7 +26,7 @@ from types import FrameType
 from tests.e2e.checklist import CheckFailed, Checklist, expect, run, wait_for
 from tests.e2e.systemd_federation import COMPANIONS, HOSPITAL, Surroundings
 from tests.e2e.systemd_machines import IMAGE, Engine, Machine
-from tests.e2e.systemd_runbooks import add_person, type_block
+from tests.e2e.systemd_runbooks import add_person, give_person, type_block
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE, COORDINATOR = "cosilo-site", "cosilo-coordinator"
@@ -370,8 +370,7 @@ def recover(stage: Stage) -> None:
         around.cosilo("site", "revoke", HOSPITAL, "--yes")
         site.run("systemctl", "stop", SITE)
         site.shell(f"rm -r /var/lib/{SITE}/*")
-        site.put(around.invite("hospital-2", approved=False), f"/home/{PERSON}/st-anna-2.invitation")
-        site.run("chown", PERSON, f"/home/{PERSON}/st-anna-2.invitation")
+        give_person(site, around.invite("hospital-2", approved=False), "st-anna-2.invitation")
         said = type_block(site, "recover.md", SITE_ANEW)
         expect("not a member yet" in said, said)
         around.cosilo("site", "approve", "hospital-2", "--yes")
@@ -404,7 +403,7 @@ def uninstall(stage: Stage) -> None:
         coordinator.run("/wheelhouse/install/install-coordinator", "--uninstall", "--purge")
         for machine in (site, coordinator):
             left = machine.shell("find / -xdev -path /proc -prune -o -iname '*cosilo*' -print; getent passwd | grep cosilo || true").split()
-            ours = [path for path in left if not path.startswith(("/wheelhouse", "/srv/", "/root/", "/var/lib/systemd/"))]
+            ours = [path for path in left if not path.startswith(("/wheelhouse", "/srv/", "/root/", "/var/lib/systemd/", "/var/backups/"))]
             expect(not ours, f"left on {machine.name}: {ours}")
 
 

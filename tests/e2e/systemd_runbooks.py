@@ -21,6 +21,13 @@ def add_person(machine: Machine) -> None:
     machine.shell(f"useradd --create-home {PERSON}; echo '{PERSON} ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/{PERSON}")
 
 
+def give_person(machine: Machine, source: Path, name: str) -> None:
+    """A file in the person's home, for their eyes only."""
+    target = f"/home/{PERSON}/{name}"
+    machine.put(source, target)
+    machine.shell(f"chown {PERSON}: {target}; chmod 600 {target}")
+
+
 def block(page: str, comment: str) -> str:
     """The page's one block of shell that begins with that comment, without it. Fails where there is none."""
     found = re.findall(rf"```sh\n# {re.escape(comment)}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)

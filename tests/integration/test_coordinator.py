@@ -24,7 +24,7 @@ from cosilo_common.identity.keys import make_signing_key, public_bytes
 from cosilo_common.identity.members import sign_members
 from cosilo_common.identity.names import Role
 from cosilo_common.identity.tls import TlsFiles, federation_channel
-from cosilo_common.manifest import Deadlines, EncodingTerms, Manifest, Participant, sign_manifest
+from cosilo_common.manifest import Deadlines, EncodingTerms, Manifest, Participant, WarmStartTerms, sign_manifest
 from cosilo_common.rpc.v1 import admin_pb2, admin_pb2_grpc, site_pb2, site_pb2_grpc
 from cosilo_common.secagg.messages import Advert, MessageType, RoundKind, Signed, Upload, sign
 from cosilo_common.weights import open_vector
@@ -458,6 +458,24 @@ async def test_a_run_is_refused_unless_an_admin_signed_it_for_members(world: Wor
     assert "no run" in await details_of(
         world.admin.StartRounds(admin_pb2.StartRoundsRequest(run=b"\1" * 32, rounds=1, kind=site_pb2.ROUND_KIND_TRAIN), timeout=TIMEOUT_S)
     )
+
+
+async def test_a_run_begins_from_the_weights_that_its_manifest_names(world: World) -> None:
+    first = await world.create(world.manifest("cold", training=Training(loss_buckets=2, seed=5)))
+    listing = admin_pb2.ListCheckpointsRequest
+    cold = (await world.admin.ListCheckpoints(listing(run=first), timeout=TIMEOUT_S)).checkpoints[0].weights_digest
+    manifest = world.manifest("warm", training=Training(loss_buckets=2, seed=6), warm_start=WarmStartTerms(sha256=cold.hex()))
+    second = await world.create(manifest)
+    warm = (await world.admin.ListCheckpoints(listing(run=second), timeout=TIMEOUT_S)).checkpoints[0].weights_digest
+    assert warm == cold
+
+    folder = world.data / "warm"
+    folder.mkdir()
+    (folder / f"{'ab' * 32}.safetensors").write_bytes((world.data / "artifacts" / cold.hex()).read_bytes())
+    for named, said in (("cd" * 32, "no weights with the digest cdcd"), ("ab" * 32, f"has the digest {cold.hex()}")):
+        wrong = world.manifest(f"warm-{named[:2]}", warm_start=WarmStartTerms(sha256=named))
+        request = admin_pb2.CreateRunRequest(manifest=wrong.canonical(), signature=sign_manifest(wrong, world.founded.admin_key))
+        assert said in await details_of(world.admin.CreateRun(request, timeout=CREATE_S))
 
 
 async def test_fewer_sites_than_a_round_needs_wait_and_say_so(world: World) -> None:

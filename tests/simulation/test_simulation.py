@@ -9,7 +9,7 @@ from tests.simulation.scenario import calm, scenario_of
 from tests.simulation.world import simulate
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [2, 4])
 def test_a_federation_in_foul_weather_breaks_no_invariant(seed: int) -> None:
     report = simulate(scenario_of(seed))
     assert report.violation is None

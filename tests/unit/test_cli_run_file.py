@@ -143,5 +143,6 @@ def test_the_example_shows_the_defaults(tmp_path: Path) -> None:
     uncommented.write_text("\n".join(line for line in shown if re.match(r"\[\w+\]|\w+ = ", line)))
     everything = RunFile(uncommented).manifest("north-star", SITES, TABLE, NONCE)
     overrides = {section: getattr(plain, section) for section in ("architecture", "training", "sampling")}
-    assert everything.evaluation is not None  # shown filled in: no network is the default
-    assert everything.model_copy(update={**overrides, "evaluation": None}) == plain
+    assert everything.evaluation is not None and everything.warm_start is not None  # shown filled in: no network is the default
+    assert everything.model_copy(update={**overrides, "evaluation": None, "warm_start": None}) == plain
+    assert b"warm_start" not in plain.canonical()

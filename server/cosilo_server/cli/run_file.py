@@ -27,6 +27,7 @@ from cosilo_common.manifest import (
     EvaluationTerms,
     Manifest,
     ServerOptimiserTerms,
+    WarmStartTerms,
     parse_manifest,
 )
 from cosilo_common.weights import TensorTable
@@ -34,7 +35,8 @@ from cosilo_common.weights import TensorTable
 RUN_FILE_BYTES_MAX = 1 << 20  # a thousand participants' names are 64 kB; a file beyond this is another file
 ALL: Final = "all"
 SECTIONS: Final = ("architecture", "schedule", "training", "sampling")  # what a preset fills
-OPTIONAL: Final[Mapping[str, Any]] = {"evaluation": EvaluationTerms}  # tables that a manifest is without where the file is
+# Tables that a manifest is without where the file is.
+OPTIONAL: Final[Mapping[str, Any]] = {"evaluation": EvaluationTerms, "warm_start": WarmStartTerms}
 TERMS: Final[Mapping[str, Any]] = {
     "encoding": EncodingTerms,
     "server_optimiser": ServerOptimiserTerms,
