@@ -221,7 +221,7 @@ def _wheelhouse(half: str, out: Path, cache: Path) -> None:
     _shell([*command, *offline])
     if not known.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        unfinished = known.with_suffix(".part")
+        unfinished = known.with_name(f"{known.name}.part")  # its name has dots of its own
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         for wheel in out.glob("*.whl"):
