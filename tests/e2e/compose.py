@@ -331,10 +331,11 @@ def again(stage: Stage) -> None:
         engine.compose("stop", timeout_s=UP_S)
         codes = {name: engine.docker("inspect", "-f", "{{.State.ExitCode}}", engine.container(name)).strip() for name in DAEMONS}
         expect(set(codes.values()) <= {"0", "143"}, f"exit codes: {codes}")
-    with checks.check("down --volumes: nothing stays, neither keys nor checkpoints"):
-        expect(engine.docker("volume", "ls", "--quiet").strip() != "", "there were no volumes")
+    with checks.check("down --volumes: neither containers nor named volumes stay, and with them neither keys nor checkpoints"):
+        named = ["volume", "ls", "--quiet", "--filter", "label=com.docker.compose.project"]
+        expect(engine.docker(*named).strip() != "", "there were no volumes")
         engine.compose("down", "--volumes", timeout_s=UP_S)
-        left = engine.docker("ps", "--all", "--quiet").split() + engine.docker("volume", "ls", "--quiet").split()
+        left = engine.docker("ps", "--all", "--quiet").split() + engine.docker(*named).split()
         expect(not left, f"left: {left}")
 
 
