@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -356,10 +356,8 @@ class Conductor:
         return refused
 
     async def _persist(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
-        try:
+        with _persisting(after.number):  # where it fails the round stays where it was; whoever sent the event tries again
             await self._write(record, before, after, event)
-        except DatabaseError as error:  # the round stays where it was; whoever sent the event tries again
-            raise CosiloError("persist round", f"round {after.number}: {error.orig}", "free space on the data folder's disk") from None
 
     async def _write(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
         if isinstance(event, SumOpened):
@@ -418,7 +416,7 @@ class Conductor:
             record.not_before = self._now() + pause_s
             record.note = f"round {state.number} was abandoned: {state.reason}"
         else:
-            self._spawn(self._start_next(record))
+            self._spawn(self._go_on(record))
 
     async def _start_next(self, record: LiveRun) -> None:
         """Starts the next round that was asked for, once enough participants are connected."""
@@ -458,7 +456,8 @@ class Conductor:
                 gone=[p.name for p in record.manifest.participants if not self._may_come(p)],
             )
             assert not effects or state.ended
-            await asyncio.to_thread(self._store.begin_round, state)
+            with _persisting(number):
+                await asyncio.to_thread(self._store.begin_round, state)
             self._on_round(state)
             record.round, record.note = state, ""
             self._metrics.round_began(state)
@@ -474,20 +473,24 @@ class Conductor:
         while True:
             self.ticked_at = time.monotonic()
             for record in list(self._runs.values()):
-                try:
-                    if record.round is not None and not record.round.ended:
-                        if step(record.round, Tick(), self._now()) != (record.round, ()):  # most ticks move nothing
-                            await self.handle(record.run, Tick())
-                    elif record.orders_done != record.orders:
-                        await self._start_next(record)
-                except CosiloError as error:
-                    if record.note != str(error):
-                        log.error("run does not move", run=record.run.hex()[:12], reason=str(error))
-                    record.note = str(error)
-                    record.not_before = self._now() + RECHECK_S
-                except Exception:  # one run's fault must not stop the clock of the others
-                    log.exception("run does not move", run=record.run.hex()[:12])
+                await self._go_on(record)
             await asyncio.sleep(TICK_S)
+
+    async def _go_on(self, record: LiveRun) -> None:
+        """Lets a run's deadlines pass, or its next round start. What hinders it is noted, and the next tick tries again."""
+        try:
+            if record.round is not None and not record.round.ended:
+                if step(record.round, Tick(), self._now()) != (record.round, ()):  # most ticks move nothing
+                    await self.handle(record.run, Tick())
+            elif record.orders_done != record.orders:
+                await self._start_next(record)
+        except CosiloError as error:
+            if record.note != str(error):
+                log.error("run does not move", run=record.run.hex()[:12], reason=str(error))
+            record.note = str(error)
+            record.not_before = self._now() + RECHECK_S
+        except Exception:  # one run's fault must not stop the clock of the others
+            log.exception("run does not move", run=record.run.hex()[:12])
 
     def _known(self, run: bytes) -> LiveRun:
         record = self._runs.get(run)
@@ -509,6 +512,15 @@ class Conductor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("conductor task failed", error=repr(error))
+
+
+@contextmanager
+def _persisting(number: int) -> Iterator[None]:
+    """Says of a database that refuses to write what a person can do about it."""
+    try:
+        yield
+    except DatabaseError as error:
+        raise CosiloError("persist round", f"round {number}: {error.orig}", "free space on the data folder's disk") from None
 
 
 def _durable(state: Round) -> Round:

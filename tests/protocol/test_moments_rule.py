@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_r9_an_upload_without_a_consent_is_the_last_until_a_person_permits_one(t
         Coordinator(terms, start, sites, dict.fromkeys(ALL, "consent")).run()
     close_all(sites, RoundState.ABANDONED, "fewer than t consents")
     for site in sites.values():
-        broken(refused(lambda site=site: site.begin(moments_start(2))))  # type: ignore[misc]  # bound at once
+        broken(refused(partial(site.begin, moments_start(2))))
         assert KEY in site.journal.ledger.base_models()  # so that `cosilo-site permit` finds it
         site.journal.ledger.permit_model(KEY, 2, permitted_at="2026-03-02T00:00:00Z")
     assert opened(terms, moments_start(3), sites).survivors == ALL

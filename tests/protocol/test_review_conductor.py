@@ -13,6 +13,7 @@ import pytest_asyncio
 from sqlalchemy.exc import OperationalError
 
 from cosilo_common.canonical import sha256
+from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import PLAIN_AGGREGATION
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_server import conductor as shell
@@ -111,6 +112,27 @@ async def test_the_end_of_an_opening_waits_for_the_disk(world: World, monkeypatc
     monkeypatch.setattr(world.store, "save_round", full)
     await world.uploads()
     await world.until(lambda: world.phase is Phase.ABANDONED)
+    assert failures == 0
+
+
+async def test_the_next_round_waits_for_the_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full as a round is to begin is a reason that people can read, and is looked at again."""
+    monkeypatch.setattr(shell, "RECHECK_S", 0.01)
+    begin, failures = world.store.begin_round, 2
+
+    def full(state: Any) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+        begin(state)
+
+    await world.begin()
+    await world.conductor.handle(world.run, Stopped("an admin said so"))
+    monkeypatch.setattr(world.store, "begin_round", full)
+    with pytest.raises(CosiloError, match="persist round: round 2: database or disk is full"):
+        await world.conductor.order(world.run, RoundKind.TRAIN, 1)
+    await world.until(lambda: world.phase is Phase.TRAINING)
     assert failures == 0
 
 
