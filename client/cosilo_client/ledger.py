@@ -379,16 +379,16 @@ class Ledger:
                 raise CosiloError("raise attempt", f"round {round_}: {attempt} is not above {entry.attempt}")
             transaction.run(_RAISE, of_run=run, of_round=round_, to_attempt=attempt, to_phase=int(min(entry.phase, Phase.TRAINED)))
 
-    def record_upload(self, entry: RoundEntry, message: bytes, *, cohort: bytes, counted: bool, key: bytes = b"") -> None:
-        """Writes a whole spool's signed statement and, if `counted`, one more round for its base model (R4, R8).
+    def record_upload(self, entry: RoundEntry, message: bytes, *, key: bytes, cohort: bytes, counted: bool) -> None:
+        """Writes a whole spool's signed statement and, if `counted`, one more round for its key (R4).
 
-        key: of a moments round, the extractor that it counts for in the model's place (R9); cohort is then the digest of what was measured.
+        key, cohort: the base model and the digest of the invited (R8); of moments the extractor and the digest of what was measured (R9).
         """
         with writing(self._engine) as transaction:
             reached = int(max(entry.phase, Phase.SPOOLED))
             transaction.run(_SPOOLED, of_run=entry.run, of_round=entry.round, statement=message, to_phase=reached)
             if counted:
-                transaction.run(_COUNT_UPLOAD, base_digest=key or entry.base_digest, run=entry.run, round=entry.round, cohort=cohort)
+                transaction.run(_COUNT_UPLOAD, base_digest=key, run=entry.run, round=entry.round, cohort=cohort)
 
     def finish_round(self, run: bytes, round_: int, state: RoundState, outcome: str) -> None:
         """Closes or abandons an open round, once; `outcome` is the reason, for people."""

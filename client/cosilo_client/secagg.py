@@ -17,9 +17,9 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cosilo_client.contributions import Contribution, check_invited, check_same_sum
 from cosilo_client.journal import Journal
-from cosilo_client.ledger import ConsentEntry, ModelUpload, Phase, RoundEntry, RoundState
+from cosilo_client.ledger import ConsentEntry, Phase, RoundEntry, RoundState
+from cosilo_client.looks import Looks
 from cosilo_client.masking import REHEARSAL, WORKERS, Vector, write_spool
 from cosilo_client.run_terms import RunTerms as RunTerms
 from cosilo_client.run_terms import Start as Start
@@ -73,6 +73,7 @@ class SiteRole:
         self._key = key
         self._journal = journal
         self._ledger = journal.ledger
+        self._looks = Looks(terms, journal.ledger)
         self._vault = journal.vault
         self._random = randomness or SystemRandomness()
         self._start: Start | None = None
@@ -90,7 +91,7 @@ class SiteRole:
         self._check_acceptance()
         resumed = self._check_order(start)
         self._check_terms(start)
-        self._check_model(start)
+        self._looks.check_begin(start)
         self._start, self._open_roster = start, None
         if resumed is None:
             self._journal.begin(
@@ -233,28 +234,22 @@ class SiteRole:
             if not spool.exists():
                 raise CosiloError("mask the update", f"round {entry.round}: its signed spool is gone", "abandon the round")
             return Signed.decode(entry.upload)
-        self._check_model(self._started())
-        self._check_contribution(entry)
+        start, data = self._started(), self._measured(entry)
+        members = self._roster(entry).members if self._terms.secure else ()
+        self._looks.check_upload(start, members, data)
         vector = self._vector(entry)
         masks = self._masks(entry)
 
         # Killed anywhere before record_upload: no byte has left, the spool is discarded (Journal.reconcile) and made
         # again under the same keys. That is no second quantisation in R4's sense, and gives the same bytes besides:
         # all rounding comes from one seed.
-        statement = write_spool(spool, self._started().encoding, masks, vector, self._secret(entry, _ROUNDING), workers=workers)
+        statement = write_spool(spool, start.encoding, masks, vector, self._secret(entry, _ROUNDING), workers=workers)
         signed = self._sign(MessageType.UPLOAD, entry, statement)
         self._journal.advance()
         with self._journal.writing:  # a round of another run may have uploaded for this model meanwhile
-            self._check_model(self._started())
-            self._check_contribution(entry)
-            moments = entry.kind == RoundKind.MOMENTS.value
-            self._ledger.record_upload(
-                entry,
-                signed.encode(),
-                cohort=self._measured(entry) if moments else self._cohort(entry.invited),
-                counted=entry.kind != RoundKind.REHEARSAL.value,
-                key=self._terms.moments_key if moments else b"",
-            )
+            self._looks.check_upload(start, members, data)
+            key, beside = self._looks.counted(start, data)
+            self._ledger.record_upload(entry, signed.encode(), key=key, cohort=beside, counted=start.kind is not RoundKind.REHEARSAL)
         self._vault.destroy_masks(entry.run)
         return signed
 
@@ -286,8 +281,7 @@ class SiteRole:
         if self._site in proposed and entry.upload is None:
             raise ProtocolViolation(Rule.CONSENT, "named as a survivor, but this site has signed no upload in this attempt")
 
-        if entry.kind == RoundKind.MOMENTS.value:
-            check_same_sum(self._earlier(entry.round), self._keys(proposed), None, self._permit())
+        self._looks.check_consent(self._started(), proposed)
 
         signed = self._sign(MessageType.CONSENT, entry, Consent(roster.ctx, proposed))
         self._journal.advance()
@@ -379,66 +373,10 @@ class SiteRole:
         if self._site not in start.invited:
             raise ProtocolViolation(Rule.START, f"this site is not invited to round {start.round}")
 
-    def _check_model(self, start: Start) -> None:
-        """R8. A rehearsal's vector is zero by this site's own construction and tells nothing, so it does not count."""
-        if start.kind is RoundKind.REHEARSAL:
-            return
-        if start.kind is RoundKind.MOMENTS:  # no model stands behind it: R9 counts it
-            check_invited(self._earlier(start.round), self._keys(start.invited), self._permit())
-            return
-        others = [
-            upload
-            for upload in self._ledger.model_uploads(start.base_digest)
-            if (upload.run, upload.round) != (self._terms.run, start.round)
-        ]
-        if len(others) < self._ledger.permitted_rounds(start.base_digest):
-            return  # a person at this site looked at it and said so
-        model = start.base_digest.hex()[:12]
-        person = f"a person may allow more: cosilo-site permit {self._terms.run.hex()[:12]} --base {model}"
-        if len(others) >= self._terms.max_rounds_per_model:
-            raise ProtocolViolation(
-                Rule.NO_SECOND_LOOK,
-                f"uploaded in {len(others)} rounds for base model {model}; at most {self._terms.max_rounds_per_model}; {person}",
-            )
-        cohort = self._cohort(start.invited)
-        if any(upload.cohort != cohort for upload in others):
-            raise ProtocolViolation(Rule.NO_SECOND_LOOK, f"uploaded before for base model {model}, among other invited sites; {person}")
-
-    def _check_contribution(self, entry: RoundEntry) -> None:
-        """R9, for an upload of moments under masks. A plain sum hides nothing that a second one could show."""
-        if entry.kind == RoundKind.MOMENTS.value and self._terms.secure:
-            check_same_sum(self._earlier(entry.round), self._keys(self._roster(entry).members), self._measured(entry), self._permit())
-
-    def _earlier(self, round_: int) -> tuple[Contribution, ...]:
-        """What R9 compares with: nothing in a plain sum, nor where a person at this site looked at it and said so."""
-        key, here = self._terms.moments_key, (self._terms.run, round_)
-        others = [upload for upload in self._ledger.model_uploads(key) if (upload.run, upload.round) != here]
-        if not self._terms.secure or len(others) < self._ledger.permitted_rounds(key):
-            return ()
-        return tuple(self._contribution(upload) for upload in others)
-
-    def _contribution(self, upload: ModelUpload) -> Contribution:
-        consent, accepted = self._ledger.consent(upload.run, upload.round), self._ledger.accepted(upload.run)
-        if consent is None or accepted is None:
-            return Contribution(upload.run, upload.round, None, upload.cohort)
-        keys = {name: accepted.participants[name] for name in consent.survivors}
-        return Contribution(upload.run, upload.round, keys, upload.cohort)
-
-    def _keys(self, sites: Iterable[str]) -> dict[str, bytes]:
-        return {name: self._terms.participants[name] for name in sites}
-
     def _measured(self, entry: RoundEntry) -> bytes:
-        """Digest of the images whose moments this round has."""
+        """Digest of the images whose moments this round has; empty in rounds of other kinds."""
         update = self._journal.trained_update(entry.run, entry.round)
         return b"" if update is None else bytes.fromhex(update.data)
-
-    def _permit(self) -> str:
-        key = self._terms.moments_key.hex()[:12]
-        return f"a person may allow one more: cosilo-site permit {self._terms.run.hex()[:12]} --base {key}"
-
-    def _cohort(self, invited: tuple[str, ...]) -> bytes:
-        """R8's "same I", across runs: names and the keys that stand behind them."""
-        return sha256(lp(*(part for name in invited for part in (name.encode(), self._terms.participants[name]))))
 
     # What the other phases check
 

@@ -26,7 +26,7 @@ from types import FrameType
 from tests.e2e.checklist import CheckFailed, Checklist, expect, run, wait_for
 from tests.e2e.systemd_federation import COMPANIONS, HOSPITAL, Surroundings
 from tests.e2e.systemd_machines import IMAGE, Engine, Machine
-from tests.e2e.systemd_runbooks import add_person, give_person, type_block
+from tests.e2e.systemd_runbooks import recover
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE, COORDINATOR = "cosilo-site", "cosilo-coordinator"
@@ -37,7 +37,6 @@ READY_S = 90.0  # after a start on a machine that does other things too
 QUICK_STEPS, SLOW_STEPS = 4, 250  # a tenth of a second; and long enough to do something to a site meanwhile
 EVERYBODY = sorted((*COMPANIONS, HOSPITAL))
 BUILD_S = 900.0
-SITE_ANEW = "site, on a new machine with Cosilo installed; on the old one stop the daemon and move /var/lib/cosilo-site/* away first, whole"
 PERSON = (  # what the hospital's person writes into site.toml, as sed has it
     "s/^backoff_max_s = .*/backoff_max_s = 3/",
     "s/^threads = 0/threads = 1/",  # four trainers share this machine's cores
@@ -331,50 +330,6 @@ def reboot(stage: Stage) -> None:
         stage.wait_all_connected()
         stage.checks.figure("both machines, reboot to all connected", f"{time.monotonic() - began_s:.1f} s")
         stage.whole_round()
-
-
-def recover(stage: Stage) -> None:
-    """recover.md and upgrade.md, by their own words."""
-    checks, site, coordinator, around = stage.checks, stage.site, stage.coordinator, stage.around
-    for machine in (site, coordinator):
-        add_person(machine)
-    today = {"2026-11-23": coordinator.shell("date +%F").strip()}
-    with checks.check("a backup while it serves; the machine is lost; restored on a new one; the members list is put back; rounds go on"):
-        expect("it holds keys" in type_block(coordinator, "recover.md", "coordinator, while it serves"), "there is no backup")
-        stage.whole_round()  # of which the backup does not know
-        coordinator.run("systemctl", "stop", COORDINATOR)
-        coordinator.shell(f"rm -r /var/lib/{COORDINATOR}/* /etc/cosilo/coordinator.toml")
-        type_block(coordinator, "recover.md", "coordinator, a new machine", today)
-        type_block(coordinator, "recover.md", "coordinator, on either", today)
-        around.cosilo("members", "--put-back")
-        stage.wait_all_connected()
-        around.start_round(stage.quick)
-        entry = around.wait_round(stage.quick)
-        before = around.cosilo_json("round", "list", stage.quick)["rounds"][-2]
-        expect(
-            (before["phase"], entry["phase"], sorted(entry["survivors"])) == ("abandoned", "closed", EVERYBODY),
-            f"the sites had begun a round that the backup does not know: {before}\n{entry}",
-        )
-    with checks.check("back to the database from before an upgrade"):
-        coordinator.shell(
-            f"systemctl stop {COORDINATOR}; cd /var/lib/{COORDINATOR}/data; cp -p state.db state.db.v1.bak; systemctl start {COORDINATOR}"
-        )
-        type_block(coordinator, "upgrade.md", "coordinator, with the older Cosilo installed")
-        stage.whole_round()
-    with checks.check("a restore on the same machine, of a folder that is moved away"):
-        type_block(coordinator, "recover.md", "coordinator, the same machine")
-        type_block(coordinator, "recover.md", "coordinator, on either", today)
-        around.cosilo("members", "--put-back")
-        stage.wait_all_connected()
-    with checks.check("a site that lost its folder enrols anew, under another name"):
-        around.cosilo("site", "revoke", HOSPITAL, "--yes")
-        site.run("systemctl", "stop", SITE)
-        site.shell(f"rm -r /var/lib/{SITE}/*")
-        give_person(site, around.invite("hospital-2", approved=False), "st-anna-2.invitation")
-        said = type_block(site, "recover.md", SITE_ANEW)
-        expect("not a member yet" in said, said)
-        around.cosilo("site", "approve", "hospital-2", "--yes")
-        stage.wait_connected("hospital-2")
 
 
 def enrol_by_credential(stage: Stage) -> None:

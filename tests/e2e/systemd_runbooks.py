@@ -1,6 +1,6 @@
 """docs/operating's runbooks, typed on a machine word for word, by a person who is not root and has sudo.
 
-Owns how a page's lines are found and who types them. Must not know what they are for: a step says which block of which page it wants.
+Owns how a page's lines are found, who types them, and the step that loses a coordinator and a site and has them back.
 """
 
 from __future__ import annotations
@@ -8,12 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.e2e.checklist import expect
+from tests.e2e.systemd_federation import COMPANIONS, HOSPITAL
 from tests.e2e.systemd_machines import Machine
+
+if TYPE_CHECKING:
+    from tests.e2e.systemd import Stage
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "operating"
 PERSON = "person"
+SITE, COORDINATOR = "cosilo-site", "cosilo-coordinator"
 
 
 def add_person(machine: Machine) -> None:
@@ -42,3 +48,47 @@ def type_block(machine: Machine, page: str, comment: str, named: Mapping[str, st
         expect(example in text, f"{page}: '{example}' does not stand under '# {comment}'")
         text = text.replace(example, here)
     return machine.run("runuser", "-u", PERSON, "--", "sh", "-ec", f"cd\n{text}")
+
+
+def recover(stage: Stage) -> None:
+    """recover.md and upgrade.md, by their own words."""
+    checks, site, coordinator, around = stage.checks, stage.site, stage.coordinator, stage.around
+    for machine in (site, coordinator):
+        add_person(machine)
+    today = {"2026-11-23": coordinator.shell("date +%F").strip()}
+    with checks.check("a backup while it serves; the machine is lost; restored on a new one; the members list is put back; rounds go on"):
+        expect("it holds keys" in type_block(coordinator, "recover.md", "coordinator, while it serves"), "there is no backup")
+        stage.whole_round()  # of which the backup does not know
+        coordinator.run("systemctl", "stop", COORDINATOR)
+        coordinator.shell(f"rm -r /var/lib/{COORDINATOR}/* /etc/cosilo/coordinator.toml")
+        type_block(coordinator, "recover.md", "coordinator, a new machine", today)
+        type_block(coordinator, "recover.md", "coordinator, on either", today)
+        around.cosilo("members", "--put-back")
+        stage.wait_all_connected()
+        around.start_round(stage.quick)
+        entry = around.wait_round(stage.quick)
+        before = around.cosilo_json("round", "list", stage.quick)["rounds"][-2]
+        expect(
+            (before["phase"], entry["phase"], sorted(entry["survivors"])) == ("abandoned", "closed", sorted((*COMPANIONS, HOSPITAL))),
+            f"the sites had begun a round that the backup does not know: {before}\n{entry}",
+        )
+    with checks.check("back to the database from before an upgrade"):
+        coordinator.shell(
+            f"systemctl stop {COORDINATOR}; cd /var/lib/{COORDINATOR}/data; cp -p state.db state.db.v1.bak; systemctl start {COORDINATOR}"
+        )
+        type_block(coordinator, "upgrade.md", "coordinator, with the older Cosilo installed")
+        stage.whole_round()
+    with checks.check("a restore on the same machine, of a folder that is moved away"):
+        type_block(coordinator, "recover.md", "coordinator, the same machine")
+        type_block(coordinator, "recover.md", "coordinator, on either", today)
+        around.cosilo("members", "--put-back")
+        stage.wait_all_connected()
+    with checks.check("a site that lost its folder enrols anew, under another name"):
+        around.cosilo("site", "revoke", HOSPITAL, "--yes")
+        site.run("systemctl", "stop", SITE)
+        site.shell(f"rm -r /var/lib/{SITE}/*")
+        give_person(site, around.invite("hospital-2", approved=False), "st-anna-2.invitation")
+        said = type_block(site, "recover.md", "site, a new machine")
+        expect("not a member yet" in said, said)
+        around.cosilo("site", "approve", "hospital-2", "--yes")
+        stage.wait_connected("hospital-2")

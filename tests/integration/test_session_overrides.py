@@ -54,7 +54,7 @@ class Place:
         entry = RoundEntry(self.manifest.digest(), round_, kind, NAMES, model, bytes(32))
         ledger = open_ledger(self.state)
         ledger.begin_round(entry)
-        ledger.record_upload(entry, b"statement", cohort=bytes(32), counted=kind != "rehearsal")
+        ledger.record_upload(entry, b"statement", key=entry.base_digest, cohort=bytes(32), counted=kind != "rehearsal")
         ledger.finish_round(entry.run, round_, RoundState.ABANDONED, "the coordinator says so")
 
     @property

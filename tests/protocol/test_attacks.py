@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cosilo_client.ledger import ModelUpload, RoundState
+from cosilo_client.looks import Looks
 from cosilo_client.secagg import Start
 from cosilo_common.canonical import sha256
 from cosilo_common.secagg.messages import (
@@ -547,7 +548,8 @@ def test_a_round_of_another_run_counts_while_this_one_masks(sites: dict[str, Sit
     ledger.model_uploads = lambda base: count(base) if not site.journal.files(RUN).spool(1).exists() else two_rounds()  # type: ignore[method-assign]
 
     def two_rounds() -> tuple[ModelUpload, ...]:
-        cohort = site.role._cohort(FOUR)
+        assert site.start is not None
+        _, cohort = Looks(site.terms, ledger).counted(site.start, b"")
         return (ModelUpload(sha256(b"another run"), 1, cohort), ModelUpload(sha256(b"another run"), 2, cohort))
 
     assert refused(site.role.mask_chunks).rule == "R8"

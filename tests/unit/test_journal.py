@@ -101,8 +101,8 @@ def test_uploads_for_a_model_count_once_a_round(journal: Journal) -> None:
     journal.begin(entry())
     journal.begin(entry(run=OTHER_RUN))
     for message in (b"attempt 1", b"attempt 2"):
-        journal.ledger.record_upload(entry(), message, cohort=b"I" * 32, counted=True)
-    journal.ledger.record_upload(entry(run=OTHER_RUN), b"rehearsal", cohort=b"I" * 32, counted=False)
+        journal.ledger.record_upload(entry(), message, key=b"m" * 32, cohort=b"I" * 32, counted=True)
+    journal.ledger.record_upload(entry(run=OTHER_RUN), b"rehearsal", key=b"m" * 32, cohort=b"I" * 32, counted=False)
     assert journal.ledger.model_uploads(b"m" * 32) == (ModelUpload(RUN, 1, b"I" * 32),)
     assert journal.ledger.permitted_rounds(b"m" * 32) == 0
     journal.ledger.permit_model(b"m" * 32, 3, permitted_at="2026-03-01T00:00:00Z")
@@ -124,7 +124,7 @@ def test_uploads_for_a_model_count_once_a_round(journal: Journal) -> None:
 def test_the_database_itself_keeps_the_ledger(journal: Journal, statement: str) -> None:
     journal.begin(entry())
     journal.ledger.record_consent(RUN, 1, ConsentEntry(1, ("st-anna",), True, b"signed"))
-    journal.ledger.record_upload(entry(), b"statement", cohort=b"I" * 32, counted=True)
+    journal.ledger.record_upload(entry(), b"statement", key=b"m" * 32, cohort=b"I" * 32, counted=True)
     with pytest.raises(IntegrityError, match="the ledger keeps"), journal._engine.begin() as connection:
         connection.exec_driver_sql(statement)
 
