@@ -2,6 +2,7 @@
 
 A masked round is held in each of its phases and the page must show it without being loaded again; a site dies and comes back, a grid is
 drawn, a round is abandoned, the coordinator goes away and returns. Before that, a page of extremes: hostile words, expired certificates.
+After that, the page behind nginx.
 Leaves photographs in --out, for a person to look at.
 """
 
@@ -20,6 +21,7 @@ from cosilo_server.rounds.state import Phase
 from tests.e2e.checklist import Checklist, expect, run, wait_for
 from tests.e2e.page_browser import Browser
 from tests.e2e.page_extremes import LONG_SITE, Extremes, served
+from tests.e2e.page_nginx import behind_nginx
 from tests.federation.digits import digits_sites
 from tests.federation.faults import HOLDERS, HeldRound
 from tests.federation.local import COORDINATOR, LocalFederation
@@ -61,6 +63,7 @@ def _test(checks: Checklist, out: Path) -> None:
                     browser.wait_text("#glance", "4 of 4", LIVE_S)
                     expect("There is no run yet" in browser.text("#runs"), browser.text())
                 _Watched(checks, browser, federation, out).test()
+                behind_nginx(checks, federation, root / "nginx")
     finally:
         shutil.rmtree(root, ignore_errors=True)
 

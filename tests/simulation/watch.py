@@ -209,8 +209,6 @@ class Watch:
         elif method == ATTEND and data:
             for owed in site_pb2.AttendResponse.FromString(data).owed:
                 self._assigned(site, owed)
-        if not data:
-            self._puts.pop(call, None)
 
     def _acknowledge(self, signed: Signed, what: str, content: bytes) -> None:
         self.counts[f"acknowledged {what}"] += 1
