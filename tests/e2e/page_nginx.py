@@ -118,4 +118,5 @@ def _tell_name(federation: LocalFederation) -> None:
     text, count = re.subn(r"(?m)^page = .*$", lambda found: f"{found[0]}\n{line}", path.read_text(encoding="utf-8"))
     expect(count == 1, f"{path} has no line for the page")
     path.write_text(text, encoding="utf-8")
+    federation.daemon(COORDINATOR).stop()
     federation.restart(COORDINATOR)

@@ -3,6 +3,8 @@
 Two machines without any network but their own (see systemd_machines), fed from a wheelhouse; three more sites are plain processes on this
 machine, so that sums are masked. Installs, enrols, trains; kills, hangs, stops, reboots; enrols again by a credential; uninstalls.
 Everything is built anew; the folder that COSILO_E2E_CACHE names, where it is set, keeps the base image and other people's wheels.
+The folder that COSILO_E2E_OLDER names, where it is set, has an older release's wheelhouses, `site` and `coordinator`: the machines begin
+with them and are upgraded to what is built. Otherwise they are upgraded to a wheelhouse with the same wheels and another digest.
 """
 
 from __future__ import annotations
@@ -16,21 +18,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from tests.e2e.checklist import CheckFailed, Checklist, expect, run, wait_for
 from tests.e2e.systemd_federation import COMPANIONS, HOSPITAL, Surroundings
 from tests.e2e.systemd_machines import IMAGE, Engine, Machine
-from tests.e2e.systemd_runbooks import recover
+from tests.e2e.systemd_runbooks import recover, upgrade
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE, COORDINATOR = "cosilo-site", "cosilo-coordinator"
-BASE_PACKAGES = "systemd,systemd-sysv,dbus,sudo"
+BASE_PACKAGES = "systemd,systemd-sysv,dbus,sudo,curl"
 EXPOSURE_MAX = 2.5
 WATCHDOG_S = 6  # in place of the unit's 60, so that the test does not wait a minute; the daemons read it from the environment
 READY_S = 90.0  # after a start on a machine that does other things too
@@ -45,12 +48,23 @@ PERSON = (  # what the hospital's person writes into site.toml, as sed has it
 OWN_PROCESSES = f"find /proc -maxdepth 1 -name '[0-9]*' -user {SITE} -printf '%f '"
 
 
+class Wheelhouses(NamedTuple):
+    """By kind of machine: what is installed first, and what it is upgraded to."""
+
+    first: Mapping[str, Path]
+    newer: Mapping[str, Path]
+
+    def digest(self, kind: str, *, newer: bool = False) -> str:
+        """Of requirements.txt, as its maker reads it out."""
+        return hashlib.sha256(((self.newer if newer else self.first)[kind] / "requirements.txt").read_bytes()).hexdigest()
+
+
 class Stage:
     """Everything that a step of the test needs."""
 
-    def __init__(self, checks: Checklist, engine: Engine, site: Machine, coordinator: Machine, around: Surroundings) -> None:
+    def __init__(self, checks: Checklist, wheelhouses: Wheelhouses, site: Machine, coordinator: Machine, around: Surroundings) -> None:
         self.checks = checks
-        self.engine = engine
+        self.wheelhouses = wheelhouses
         self.site = site
         self.coordinator = coordinator
         self.around = around
@@ -110,18 +124,18 @@ def _test(checks: Checklist) -> None:
         cache = Path(os.environ.get("COSILO_E2E_CACHE") or engine.root / "built")
         with checks.check("a wheelhouse with hashes for each, and a base image from a Debian mirror"), ThreadPoolExecutor(1) as pool:
             base = pool.submit(_base_image, cache, engine.root)
-            wheelhouses = _wheelhouses(engine.root, cache)
+            wheelhouses = _to_install(engine.root, _wheelhouses(engine.root, cache))
             engine.docker("import", str(base.result()), IMAGE)
         around: Surroundings | None = None
         try:
             with checks.check("two machines boot; systemd runs as PID 1"):
-                coordinator = engine.boot("coordinator", 10, wheelhouses["coordinator"])
-                site = engine.boot(HOSPITAL, 11, wheelhouses["site"])
+                coordinator = engine.boot("coordinator", 10, wheelhouses.first["coordinator"], wheelhouses.newer["coordinator"])
+                site = engine.boot(HOSPITAL, 11, wheelhouses.first["site"], wheelhouses.newer["site"])
                 for machine in (coordinator, site):
                     machine.wait_booted()
                 checks.figure("systemd", site.run("systemctl", "--version").splitlines()[0])
             around = Surroundings(engine.root / "around", coordinator.address)
-            stage = Stage(checks, engine, site, coordinator, around)
+            stage = Stage(checks, wheelhouses, site, coordinator, around)
             for step in STEPS:
                 try:
                     step(stage)
@@ -160,7 +174,7 @@ def install(stage: Stage) -> None:
     with checks.check(f"install-site and install-coordinator, offline; {count} images at the site"):
         began_s = time.monotonic()
         coordinator.put(around.founded / "coordinator", "/root/founded")
-        digest = hashlib.sha256((stage.engine.root / "site" / "requirements.txt").read_bytes()).hexdigest()
+        digest = stage.wheelhouses.digest("site")
         with ThreadPoolExecutor(2) as pool:
             theirs = pool.submit(coordinator.run, "/wheelhouse/install/install-coordinator", "--founded", "/root/founded")
             said = site.run(*installer, "--digest", digest)
@@ -362,7 +376,19 @@ def uninstall(stage: Stage) -> None:
             expect(not ours, f"left on {machine.name}: {ours}")
 
 
-STEPS: tuple[Callable[[Stage], None], ...] = (install, start, sandbox, kill, hang, stop, reboot, recover, enrol_by_credential, uninstall)
+STEPS: tuple[Callable[[Stage], None], ...] = (
+    install,
+    start,
+    sandbox,
+    kill,
+    hang,
+    stop,
+    reboot,
+    upgrade,
+    recover,
+    enrol_by_credential,
+    uninstall,
+)
 
 
 # --- below ---
@@ -456,6 +482,22 @@ def _wheelhouses(root: Path, cache: Path) -> dict[str, Path]:
         (known / kind).touch()
         found[kind] = out
     return found
+
+
+def _to_install(root: Path, built: dict[str, Path]) -> Wheelhouses:
+    """What was built, and what comes before or after it."""
+    older = os.environ.get("COSILO_E2E_OLDER")
+    if older:
+        return Wheelhouses({kind: Path(older).resolve() / kind for kind in built}, built)
+    newer = {}
+    for kind, wheelhouse in built.items():
+        newer[kind] = root / "newer" / kind
+        shutil.copytree(wheelhouse, newer[kind], copy_function=os.link)
+        listed = newer[kind] / "requirements.txt"
+        text = listed.read_text(encoding="utf-8")
+        listed.unlink()  # it is a link to the other's
+        listed.write_text(f"{text}# the next release\n", encoding="utf-8")
+    return Wheelhouses(built, newer)
 
 
 def _base_image(cache: Path, scratch: Path) -> Path:

@@ -24,7 +24,7 @@ from tests.e2e.checklist import CheckFailed, wait_for
 from tests.federation.processes import Daemon, tail
 
 ENGINE_START_S = 90.0
-MEMORY_BYTES = 6 << 30  # two virtual environments with torch, two wheelhouses, one base image: half of it
+MEMORY_BYTES = 8 << 30  # two virtual environments with torch on each of two machines, two wheelhouses, one base image: two thirds of it
 MEMORY_SPARE_BYTES = MEMORY_BYTES + (4 << 30)  # what the daemons and everybody else on the machine need
 COMMAND_S = 600.0  # installing torch on a busy machine
 BOOT_S = 90.0
@@ -96,12 +96,13 @@ class Engine:
             raise CheckFailed(f"docker {' '.join(arguments)}: exit {done.returncode}\n{said}")
         return done.stdout.decode(errors="replace")
 
-    def boot(self, name: str, host: int, wheelhouse: Path) -> Machine:
-        """Starts a machine; host: the last number of its address. Its wheelhouse is at /wheelhouse, read-only, as from a stick."""
+    def boot(self, name: str, host: int, wheelhouse: Path, newer: Path) -> Machine:
+        """Starts a machine; host: the last number of its address. Wheelhouses are at /wheelhouse and /newer, read-only, as from a stick."""
         address = str(self.subnet[host])
         self._containers.append(name)
         place = ["--name", name, "--hostname", name, "--network", NETWORK, "--ip", address]
-        self.docker("run", "--detach", *place, *_CONTAINER_OPTIONS, "-v", f"{wheelhouse}:/wheelhouse:ro", IMAGE, "/sbin/init")
+        sticks = ["-v", f"{wheelhouse}:/wheelhouse:ro", "-v", f"{newer}:/newer:ro"]
+        self.docker("run", "--detach", *place, *_CONTAINER_OPTIONS, *sticks, IMAGE, "/sbin/init")
         return Machine(self, name, address)
 
     def close(self) -> None:

@@ -1,11 +1,13 @@
 """docs/operating's runbooks, typed on a machine word for word, by a person who is not root and has sudo.
 
-Owns how a page's lines are found, who types them, and the step that loses a coordinator and a site and has them back.
+Owns how a page's lines are found, who types them, the step that upgrades and goes back, and the step that loses a coordinator and a site and has
+them back.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from tests.e2e.systemd import Stage
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "operating"
+UPGRADE = "upgrade.md"
 PERSON = "person"
 SITE, COORDINATOR = "cosilo-site", "cosilo-coordinator"
 
@@ -41,20 +44,67 @@ def block(page: str, comment: str) -> str:
     return str(found[0])
 
 
-def type_block(machine: Machine, page: str, comment: str, named: Mapping[str, str] | None = None) -> str:
-    """Types a block as the person, from their home; named: what stands in the page as an example, and what it is here. Returns what it printed."""
+def filled(page: str, comment: str, named: Mapping[str, str]) -> str:
+    """A block with what stands there as an example replaced by what it is here."""
     text = block(page, comment)
-    for example, here in (named or {}).items():
+    for example, here in named.items():
         expect(example in text, f"{page}: '{example}' does not stand under '# {comment}'")
         text = text.replace(example, here)
-    return machine.run("runuser", "-u", PERSON, "--", "sh", "-ec", f"cd\n{text}")
+    return text
+
+
+def type_admin(stage: Stage, page: str, comment: str, named: Mapping[str, str]) -> str:
+    """Types a block of `cosilo` commands as the admin. Returns what they printed."""
+    said = ""
+    for line in filled(page, comment, named).splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        expect(program == "cosilo", f"{page}: an admin types cosilo, not {program}")
+        said += stage.around.cosilo(*arguments)
+    return said
+
+
+def type_block(machine: Machine, page: str, comment: str, named: Mapping[str, str] | None = None) -> str:
+    """Types a block as the person, from their home; named: what stands in the page as an example, and what it is here. Returns what it printed."""
+    return machine.run("runuser", "-u", PERSON, "--", "sh", "-ec", f"cd\n{filled(page, comment, named or {})}")
+
+
+def upgrade(stage: Stage) -> None:
+    """upgrade.md in its order, and back to the program from before."""
+    checks, site, coordinator = stage.checks, stage.site, stage.coordinator
+    for machine, wheels in ((site, "site-wheels"), (coordinator, "coordinator-wheels")):
+        add_person(machine)
+        machine.shell(f"ln -s /newer /home/{PERSON}/{wheels}")
+    digests = {kind: stage.wheelhouses.digest(kind, newer=True) for kind in ("site", "coordinator")}
+    with checks.check("an upgrade in upgrade.md's order: backup, coordinator, site, a look, a rehearsal"):
+        expect("it holds keys" in type_block(coordinator, "recover.md", "coordinator, while it serves"), "there is no backup")
+        before = {machine.name: machine.main_pid(unit) for machine, unit in ((site, SITE), (coordinator, COORDINATOR))}
+        said = type_block(coordinator, UPGRADE, "coordinator, with the new wheelhouse", {"DIGEST": digests["coordinator"]})
+        expect(f"restarted {COORDINATOR}" in said and said.rstrip().endswith("ok"), said)
+        stage.whole_round()  # the newer coordinator, the older sites
+        said = type_block(site, UPGRADE, "site, with the new wheelhouse", {"DIGEST": digests["site"]})
+        expect(f"restarted {SITE}" in said and "failed" not in said, said)
+        after = {machine.name: machine.main_pid(unit) for machine, unit in ((site, SITE), (coordinator, COORDINATOR))}
+        expect(not set(before.items()) & set(after.items()), f"a daemon was not restarted: {before} {after}")
+        stage.wait_all_connected()
+        said = type_admin(stage, UPGRADE, "admin, after an upgrade", {"RUN": stage.quick})
+        expect(all(name in said for name in (*COMPANIONS, HOSPITAL)), said)
+        entry = stage.around.wait_round(stage.quick)
+        expect((entry["kind"], entry["phase"], len(entry["survivors"])) == ("rehearsal", "closed", 4), f"{entry}")
+    with checks.check("back to the program from before, and on to the newer again without installing it"):
+        older = stage.wheelhouses.digest("coordinator")[:16]
+        type_block(coordinator, UPGRADE, "coordinator, the program from before", {"OLDER": older})
+        expect(
+            coordinator.shell("readlink -f /opt/cosilo-coordinator/current").strip().endswith(older), "it is not the program from before"
+        )
+        stage.whole_round()
+        said = type_block(coordinator, UPGRADE, "coordinator, with the new wheelhouse", {"DIGEST": digests["coordinator"]})
+        expect("is there already" in said and f"restarted {COORDINATOR}" in said, said)
+        stage.whole_round()
 
 
 def recover(stage: Stage) -> None:
-    """recover.md and upgrade.md, by their own words."""
+    """recover.md, and upgrade.md's database from before, by their own words."""
     checks, site, coordinator, around = stage.checks, stage.site, stage.coordinator, stage.around
-    for machine in (site, coordinator):
-        add_person(machine)
     today = {"2026-11-23": coordinator.shell("date +%F").strip()}
     with checks.check("a backup while it serves; the machine is lost; restored on a new one; the members list is put back; rounds go on"):
         expect("it holds keys" in type_block(coordinator, "recover.md", "coordinator, while it serves"), "there is no backup")
@@ -76,7 +126,7 @@ def recover(stage: Stage) -> None:
         coordinator.shell(
             f"systemctl stop {COORDINATOR}; cd /var/lib/{COORDINATOR}/data; cp -p state.db state.db.v1.bak; systemctl start {COORDINATOR}"
         )
-        type_block(coordinator, "upgrade.md", "coordinator, with the older Cosilo installed")
+        type_block(coordinator, UPGRADE, "coordinator, with the older Cosilo installed")
         stage.whole_round()
     with checks.check("a restore on the same machine, of a folder that is moved away"):
         type_block(coordinator, "recover.md", "coordinator, the same machine")
