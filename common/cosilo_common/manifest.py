@@ -124,7 +124,8 @@ class WarmStartTerms(_Plain):
 class Manifest(_Plain):
     """One run, whole.
 
-    A table that may be absent (None) is no part of the canonical bytes then, so that they are the same as before there was such a table.
+    What a manifest leaves unsaid has its default, which is what a release did that did not know the value: a default never changes.
+    A table that may be absent (None) is no part of the canonical bytes then.
 
     participants: sorted by name, unique; f: most participants that may collude with the coordinator (R1); n_min: fewest sites in a sum;
     cohort: sites invited to a round, 0 for all; rounds_max: highest round number of any kind; ema_decay: of the global model, 0 for none.
@@ -209,8 +210,13 @@ class Manifest(_Plain):
         return self.training.loss_buckets + LOSS_WORDS_EXTRA
 
     def canonical(self) -> bytes:
-        """The bytes that are signed."""
-        return canonical_json({name: value for name, value in self.model_dump(mode="json").items() if value is not None})
+        """The bytes that are signed: what is said and nothing else, so that those of an older release stay as they were signed."""
+        said = self.model_dump(mode="json", exclude_unset=True)
+        return canonical_json({name: value for name, value in said.items() if value is not None})
+
+    def explicit(self) -> Self:
+        """The same run with every default said, so that its bytes mean the same to whoever has other defaults."""
+        return self.model_validate(self.model_dump())
 
     def digest(self) -> bytes:
         """The run: SHA-256 of the canonical bytes."""

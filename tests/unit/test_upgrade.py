@@ -6,6 +6,7 @@ import json
 import sqlite3
 import stat
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from sqlalchemy import Connection
 
 from cosilo_common.database import copy_database, open_database, prepare_schema, schema_version
 from cosilo_common.errors import CosiloError
+from cosilo_common.manifest import parse_manifest
 from cosilo_server import schema
 from cosilo_server.rounds.state import Phase
 from cosilo_server.snapshot import snapshot
 from cosilo_server.store import Store
 from tests.unit.test_retention import MANIFEST, RUN
+
+VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 
 # The tables as the first release made them, typed out: what schema.py says today does not count here.
 VERSION_1 = """
@@ -210,3 +214,26 @@ def test_upgrades_follow_one_another(tmp_path: Path) -> None:
     prepare_schema(engine, schema.metadata, 4, upgrades, lambda found: seen.append(-found))
     assert seen == [-1, 1, 2, 3]
     assert schema_version(engine) == 4
+
+
+def test_a_run_of_the_first_release_is_read_as_it_was_signed_and_does_what_it_did() -> None:
+    data = (VECTORS / "manifest-first-release.json").read_bytes()
+    manifest = parse_manifest(data)
+    assert manifest.canonical() == data
+    assert manifest.digest().hex() == sha256(data).hexdigest() == "3ecf0f1f9797a3a940b0045579a92c28fe639453e47542e9e8993dc0b974cd7e"
+    training, later = (
+        manifest.training,
+        ("steps_per_epoch", "loss_weighting", "min_snr_gamma", "timesteps", "personal", "anchor_mu", "anchor_from"),
+    )
+    assert [getattr(training, name) for name in later] == [None, "uniform", 5.0, "uniform", (), 0.0, 0.0]
+    assert (training.control_variates, manifest.architecture.network) == (False, "unet2d")
+    assert (manifest.card.license, manifest.card.name_participants, manifest.evaluation, manifest.warm_start) == ("", False, None, None)
+
+
+def test_a_new_run_says_every_value_so_that_no_release_reads_it_otherwise() -> None:
+    said = json.loads(parse_manifest((VECTORS / "manifest-first-release.json").read_bytes()).explicit().canonical())
+    assert (said["training"]["control_variates"], said["architecture"]["network"], said["card"]) == (
+        False,
+        "unet2d",
+        {"license": "", "name_participants": False},
+    )

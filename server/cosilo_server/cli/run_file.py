@@ -128,7 +128,7 @@ class RunFile:
             )
         except ValidationError as error:
             raise _error(self.path, _describe(error), "correct the named value") from None
-        return parse_manifest(manifest.canonical())  # what is signed is what everybody else will be able to read
+        return parse_manifest(manifest.explicit().canonical())  # what is signed is what everybody else will be able to read
 
 
 def _own_seed(nonce: bytes) -> int:
