@@ -4,8 +4,10 @@
 
 The yardstick makes as many keystreams (AES-256-CTR) over as many words and adds them, slice by slice, and does nothing else: no encoding, no
 digest, no file. `mask` is quantising and masking in memory; `spool` the site's whole pass, from the update's file to the synced and hashed
-upload; `open` the coordinator's, from the uploads' files to the verified sum, one site dropped. All are in GB of keystream a second of the
-processor, which other work on the machine changes least; `scaling` is seconds by the clock with one thread over seconds with so many.
+upload; `open` the coordinator's, from the uploads' files to the verified sum, one site dropped; `last` the same where all uploads but one were
+summed while they came in (cosilo_server.early_sum), which is what is left to wait for when the last one is there. All are in GB of keystream
+a second of the processor, which other work on the machine changes least; `scaling` is seconds by the clock with one thread over seconds with
+so many.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from cosilo_client.masking import Vector, write_spool
 from cosilo_common.encoding import Encoding, Section
 from cosilo_common.secagg.keys import InsecureFakeRandom, generate_secret
 from cosilo_common.secagg.masks import CHUNK_WORDS, Mask, SignedMask, Workspace, apply_masks
+from cosilo_server.early_sum import EarlySum
 from cosilo_server.secagg import SumOpening
 
 GOAL = 0.7
@@ -52,8 +55,9 @@ def figures(d: int, sites: Sequence[int], threads: Sequence[int]) -> Iterator[Fi
             random = InsecureFakeRandom("bench")
             masks = [SignedMask(Mask(generate_secret(random), 32), index % 2 == 0) for index in range(count)]
             mask, spool = _mask(encoding, masks, update), _spool(encoding, masks, update, folder / "spool")
-            with _uploads(encoding, count, update, folder) as opening:
-                passes = {"mask": (mask, count), "spool": (spool, count), "open": (opening, 2 * (count - 1))}
+            with _uploads(encoding, count, update, folder) as (opening, last):
+                streams = 2 * (count - 1)
+                passes = {"mask": (mask, count), "spool": (spool, count), "open": (opening, streams), "last": (last, streams)}
                 for what, (work, streams) in passes.items():
                     yield from _pass(f"masks.{what}.{count}", work, d, streams, threads, None if what == "spool" else GOAL)
 
@@ -123,8 +127,8 @@ def _spool(encoding: Encoding, masks: Sequence[SignedMask], update: Path, path: 
 
 
 @contextmanager
-def _uploads(encoding: Encoding, sites: int, update: Path, folder: Path) -> Iterator[Callable[[int], None]]:
-    """What opens N - 1 uploads, of which each carries its own mask and that of the dropped site."""
+def _uploads(encoding: Encoding, sites: int, update: Path, folder: Path) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """What opens N - 1 uploads, of which each carries its own mask and that of the dropped site; and the same, all but one summed before."""
     random = InsecureFakeRandom("opening")
     survivors = sites - 1
     masks = [SignedMask(Mask(generate_secret(random), 32), positive=False) for _ in range(2 * survivors)]
@@ -135,15 +139,26 @@ def _uploads(encoding: Encoding, sites: int, update: Path, folder: Path) -> Iter
         descriptors.append(os.open(path, os.O_RDONLY))
         sources[f"site-{index}"] = _reader(descriptors[-1])
 
-    def run(threads: int) -> None:
-        opening = SumOpening(encoding, sources, digests, masks, threads)
+    early = EarlySum(folder / "sum", encoding.length, encoding.bits)
+    *before, last = sorted(sources)
+    for site in before:
+        early.add(site, sources[site], digests[site])
+
+    def run(opening: SumOpening) -> None:
         for _ in opening:
             pass
         assert opening.tail.contributors == survivors
 
+    def all_of_it(threads: int) -> None:
+        run(SumOpening(encoding, sources, digests, masks, threads))
+
+    def the_last(threads: int) -> None:
+        run(SumOpening(encoding, {last: sources[last]}, {last: digests[last]}, masks, threads, early))
+
     try:
-        yield run
+        yield all_of_it, the_last
     finally:
+        (folder / "sum").unlink()
         for index, descriptor in enumerate(descriptors):
             os.close(descriptor)
             (folder / f"upload-{index}").unlink()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -26,6 +27,7 @@ from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.weights import WeightsWriter
 from cosilo_server.aggregation import Checkpoint, aggregation_of
 from cosilo_server.artifacts import Artifacts
+from cosilo_server.early_sum import EarlySum
 from cosilo_server.rounds.state import Round
 from cosilo_server.secagg import SumOpening, reconstruct
 from cosilo_server.spool import Spool
@@ -35,6 +37,7 @@ from cosilo_server.verification import dealt_shares, reveals_of, roster_of
 Step = Callable[[str], AbstractContextManager[None]]
 """What a step of the opening, named so, runs within: the trace measures it."""
 
+EARLY_SUM = ".sum"  # beside the uploads; no site has such a name
 OPENING_LANES = 3  # on two cores: with two, the one that has two of three uploads is waited for; each takes 4 MiB
 
 
@@ -83,6 +86,33 @@ class RoundCloser:
         self._artifacts = artifacts
         self._spool = spool
         self._now = now
+        self._early: dict[bytes, tuple[int, int, EarlySum | None]] = {}  # by run: of which round and attempt; None once that is opened
+        self._summing = threading.Lock()
+
+    def sum_early(self, state: Round, site: str) -> None:
+        """Adds a whole upload to the sum of those before it, while others are on their way; `open` then has less to do.
+
+        Raises CosiloError and OSError; nothing is lost then but what this saves.
+        """
+        run, upload, encoding = state.run, state.sites[site].upload, Encoding.parse(state.encoding)
+        if upload is None:
+            return
+        with self._summing:
+            if self._early.get(run, (0, 0))[:2] != (state.number, state.attempt):
+                path = self._spool.path(run.hex(), state.number, site).parent / EARLY_SUM
+                self._early[run] = (state.number, state.attempt, EarlySum(path, encoding.length, encoding.bits))
+            early = self._early[run][2]
+            if early is not None and not early.broken and site not in early.digests:
+                with _Upload(self._spool.path(run.hex(), state.number, site)) as whole:
+                    early.add(site, whole.read_into, upload.digest)
+
+    def _summed_early(self, state: Round) -> EarlySum | None:
+        """What `sum_early` made of these survivors' uploads, once it has ended with the one it is at."""
+        with self._summing:
+            number, attempt, early = self._early.get(state.run, (0, 0, None))
+            self._early[state.run] = (state.number, state.attempt, None)  # whoever comes now comes too late
+        fits = early is not None and (number, attempt) == (state.number, state.attempt) and early.digests.keys() <= set(state.survivors)
+        return early if fits else None
 
     def open(self, manifest: Manifest, state: Round, step: Step = _unmeasured) -> tuple[RoundOutcome, StoredCheckpoint | None]:
         """Opens the sum of `state.survivors`. The checkpoint is None where the round's kind moves nothing.
@@ -90,15 +120,14 @@ class RoundCloser:
         Raises CosiloError (ProtocolViolation, SumRefused) where the sum must not be used, or the disk is full.
         """
         encoding = Encoding.parse(state.encoding)
+        early = self._summed_early(state)
+        rest = [name for name in state.survivors if early is None or name not in early.digests]
         with ExitStack() as files:
-            sources = {
-                name: files.enter_context(_Upload(self._spool.path(state.run.hex(), state.number, name))).read_into
-                for name in state.survivors
-            }
-            digests = {name: upload.digest for name in state.survivors if (upload := state.sites[name].upload) is not None}
+            sources = {name: files.enter_context(_Upload(self._spool.path(state.run.hex(), state.number, name))).read_into for name in rest}
+            digests = {name: upload.digest for name in rest if (upload := state.sites[name].upload) is not None}
             with step("reconstruct"):
                 masks = self._masks(manifest, state)
-            opening = SumOpening(encoding, sources, digests, masks, OPENING_LANES)
+            opening = SumOpening(encoding, sources, digests, masks, OPENING_LANES, early)
             try:
                 with step("sum and write"):
                     return self._apply(manifest, state, encoding, opening)

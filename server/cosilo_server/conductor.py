@@ -40,9 +40,10 @@ from cosilo_server.rounds.events import (
     SumOpened,
     SumRefused,
     Tick,
+    UploadReceived,
 )
 from cosilo_server.rounds.machine import begin, step
-from cosilo_server.rounds.state import DeclineCode, Round, Site
+from cosilo_server.rounds.state import DeclineCode, Phase, Round, Site
 from cosilo_server.spool import Spool
 from cosilo_server.store import Pause, Store, StoredCheckpoint, StoredRun, terms_of
 from cosilo_server.trace import RoundTrace
@@ -107,6 +108,7 @@ class Conductor:
         self._connected: dict[str, int] = {}
         self._watchers: dict[asyncio.Event, None] = {}  # in the order of their coming, so that a simulation replays
         self._tasks: set[asyncio.Task[None]] = set()
+        self._summing = asyncio.Lock()
         self._working: set[asyncio.Task[Any]] = set()  # begun for a caller who may be gone
         self._on_round: Callable[[Round], None] = lambda state: None
         self._may_come: Callable[[Participant], bool] = lambda participant: True
@@ -351,6 +353,8 @@ class Conductor:
                     self._spawn(self._open(record, after))
                 case EndRound():
                     await self._end(record, after)
+        if isinstance(event, UploadReceived) and not refused and after.phase is Phase.UPLOADING:  # after the last one the sum is opened
+            self._spawn(self._sum_early(record, after, event.site))
         if after.phase is not before.phase:
             await asyncio.to_thread(self.trace.flush, record.run, after.number, over=after.ended)
         return refused
@@ -367,6 +371,18 @@ class Conductor:
             return
         site = getattr(event, "site", "")
         await asyncio.to_thread(self._store.save_round, after, _what(event, before, after), site)
+
+    async def _sum_early(self, record: LiveRun, state: Round, site: str) -> None:
+        """Adds an upload to the round's sum while others are on their way; one at a time, so that transfers keep their threads."""
+        async with self._summing:
+            current = record.round
+            if current is None or (current.number, current.attempt, current.phase) != (state.number, state.attempt, Phase.UPLOADING):
+                return
+            try:
+                with self.trace.step(state, "sum early"):
+                    await asyncio.to_thread(self._closer.sum_early, state, site)
+            except (CosiloError, OSError) as error:  # the uploads stand, and the sum is opened from them
+                log.warning("no sum before the last upload", run=record.run.hex()[:12], round=state.number, reason=str(error))
 
     async def _open(self, record: LiveRun, state: Round) -> None:
         """Opens the sum in a thread; the round closes, or is abandoned with the reason."""
@@ -435,7 +451,7 @@ class Conductor:
                 return
             encoding = round_encoding(record.manifest, order.kind, await self._tensor_peaks(record))
             upload_bytes, model_bytes = encoding.wire_bytes, _FLOAT_BYTES * record.manifest.tensor_table.size
-            self._spool.require_room(len(present) * upload_bytes + _CHECKPOINT_FILES * model_bytes)
+            self._spool.require_room(len(present) * upload_bytes + _FLOAT_BYTES * encoding.length + _CHECKPOINT_FILES * model_bytes)
             number = record.floor + 1
             if number > record.manifest.rounds_max:
                 record.note = f"the manifest's {record.manifest.rounds_max} rounds are spent"

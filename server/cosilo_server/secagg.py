@@ -41,10 +41,8 @@ from cosilo_common.secagg.masks import (
 from cosilo_common.secagg.messages import Advert, Complaint, Consent, MessageType, Reveal, Shares, Signed, Upload
 from cosilo_common.secagg.roster import Roster, Terms
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
+from cosilo_server.early_sum import EarlySum, ReadUpload
 from cosilo_server.lanes import Lanes, check_workers
-
-ReadUpload = Callable[[int, memoryview], None]
-"""Fills the buffer with an upload's bytes from this offset on; raises when there are fewer."""
 
 WORKERS_DEFAULT: Final = 2  # the smallest machine that is worth a coordinator has two cores
 
@@ -155,7 +153,8 @@ def reconstruct(roster: Roster, survivors: tuple[str, ...], shares: Mapping[str,
 class SumOpening:
     """The sum of whole uploads, opened chunk by chunk in O(chunk) memory. One use: iterate once, to the end.
 
-    sources, digests: by survivor; digests are the signed ones. masks: `UnmaskKeys.masks`, or none for the plain sum.
+    sources, digests: by survivor; digests are the signed ones. masks: `UnmaskKeys.masks`, or none for the plain sum. early: the sum of the
+    survivors that are in neither, added up before.
 
         opening = SumOpening(encoding, sources, digests, keys.masks)
         weight = opening.provisional_tail().total_weight
@@ -173,14 +172,18 @@ class SumOpening:
         digests: Mapping[str, bytes],
         masks: Sequence[SignedMask] = (),
         workers: int = WORKERS_DEFAULT,
+        early: EarlySum | None = None,
     ) -> None:
-        if not sources or set(sources) != set(digests):
-            raise ValueError("one source and one digest for each survivor")
-        self._encoding, self._digests = encoding, dict(digests)
-        sites, workers = sorted(sources), min(check_workers(workers), len(sources))
+        before = early.digests if early is not None else {}
+        if set(sources) != set(digests) or not before.keys().isdisjoint(sources) or not (before or sources):
+            raise ValueError("one source and one digest for each survivor that is not in the early sum")
+        self._encoding, self._digests = encoding, {**digests, **before}
+        sites, workers = sorted(sources), min(check_workers(workers), len(self._digests))
         self._shares = [
             _Share(encoding, {site: sources[site] for site in sites[lane::workers]}, masks[lane::workers]) for lane in range(workers)
         ]
+        if before:
+            self._shares[-1].early = early  # it has the fewest uploads
         self._tail: OpenedTail | None = None
 
     @property
@@ -249,17 +252,21 @@ class _Share:
         self._raw = np.empty(CHUNK_WORDS * (encoding.bits // 8), dtype=np.uint8)
         self._words = np.empty(CHUNK_WORDS, dtype=WORD)
         self.used = False
+        self.early: EarlySum | None = None
 
     def fill(self, chunk: int, out: Words, workspace: Workspace, hashing: bool = True) -> None:
         """out = sum of this lane's uploads' chunk, with this lane's masks applied; not reduced."""
         bits, count = self._encoding.bits, chunk_words(self._encoding.length, chunk)
         offset, raw = wire_size(chunk * CHUNK_WORDS, bits), self._raw[: wire_size(count, bits)]
         total = out[:count]
-        total[:] = 0
+        if self.early is None:
+            total[:] = 0
+        else:
+            self.early.load(chunk, total)
+        self.used = self.used or hashing
         for site, read in self._sources.items():
             read(offset, raw.data)
             if hashing:
-                self.used = True
                 self._hashes[site].update(raw.data)
             np.add(total, raw.view(WORD) if bits == 32 else unpack24(raw, self._words), out=total)
         apply_masks(self._masks, chunk, total, workspace)

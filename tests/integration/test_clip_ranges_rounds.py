@@ -56,8 +56,8 @@ class World:
         self.conductor = self.new_conductor()
 
     def new_conductor(self) -> Conductor:
-        closer = RoundCloser(self.store, self.artifacts, self.spool)
-        return Conductor(self.store, self.spool, closer, CoordinatorMetrics())
+        self.closer = RoundCloser(self.store, self.artifacts, self.spool)
+        return Conductor(self.store, self.spool, self.closer, CoordinatorMetrics())
 
     async def restart(self) -> None:
         """Another process on the same folder."""

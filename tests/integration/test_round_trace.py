@@ -97,8 +97,10 @@ async def test_where_a_round_went(world: World, tmp_path: Path, capsys: pytest.C
         ("st-clara", rest, None),
     ]
     opening = {s["what"]: s for s in trace["spans"] if s["lane"] == "opening"}
-    assert set(opening) == {"reconstruct", "sum and write", "commit"}
+    assert set(opening) == {"sum early", "reconstruct", "sum and write", "commit"}
     phase = trace["phases"][2]
+    early = opening.pop("sum early")
+    assert early["began_s"] + early["seconds"] <= phase["began_s"]  # of the first two uploads, while the third was on its way
     assert all(phase["began_s"] <= s["began_s"] for s in opening.values())
     assert not any(s["running"] for s in trace["spans"])
     events = json.loads(file.read_text())["traceEvents"]

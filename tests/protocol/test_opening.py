@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cosilo_common.encoding import Encoding, Section
 from cosilo_common.secagg.masks import CHUNK_WORDS
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.secagg.violation import ProtocolViolation
+from cosilo_server.early_sum import EarlySum
 from cosilo_server.secagg import (
     SumOpening,
     reconstruct,
@@ -171,6 +173,43 @@ def test_a_sum_of_other_survivors_is_refused() -> None:
     with pytest.raises(ProtocolViolation, match="zeros") as refused:
         list(opening)
     assert refused.value.rule == "phase-6"
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("before", [("a",), ("a", "d"), ("a", "c", "d", "e")])
+def test_what_was_summed_early_opens_to_the_same(tmp_path: Path, bits: int, before: tuple[str, ...]) -> None:
+    size = CHUNK_WORDS + 12345
+    play = Play(("a", "b", "c", "d", "e"), f=1, encoding=Encoding(bits, 5, 100, (Section(size, 0.25),), LOSS_MAX, 2), dropped=("b",))
+    keys = reconstruct(play.roster, play.survivors, play.share_bodies, play.reveals())
+    early = EarlySum(tmp_path / ".sum", play.encoding.length, bits)
+    for name in before:
+        early.add(name, reader(play.uploads[name]), sha256(play.uploads[name]))
+    rest = {name: data for name, data in play.uploads.items() if name not in before}
+    opening = SumOpening(
+        play.encoding,
+        {name: reader(data) for name, data in rest.items()},
+        {name: sha256(data) for name, data in rest.items()},
+        keys.masks,
+        2,
+        early,
+    )
+    total = opening.provisional_tail().total_weight
+    values = np.zeros(size, dtype=np.uint32)
+    for start, words in opening:
+        values[start : start + len(words)] = words
+    np.testing.assert_array_equal(values, exact_sum(play)[:size])
+    assert (opening.tail.contributors, opening.tail.total_weight) == (4, total)
+    with pytest.raises(RuntimeError, match="once"):
+        list(opening)
+
+
+def test_a_site_is_in_the_early_sum_or_beside_it(tmp_path: Path) -> None:
+    play = Play(("a", "b", "c"), f=1, encoding=small_encoding(32, 3))
+    early = EarlySum(tmp_path / ".sum", play.encoding.length, 32)
+    early.add("a", reader(play.uploads["a"]), sha256(play.uploads["a"]))
+    sources = {name: reader(data) for name, data in play.uploads.items()}
+    with pytest.raises(ValueError, match="not in the early sum"):
+        SumOpening(play.encoding, sources, {name: sha256(data) for name, data in play.uploads.items()}, (), 2, early)
 
 
 def test_a_short_upload_stops_the_opening() -> None:
