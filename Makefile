@@ -27,9 +27,11 @@ FUZZ_EXAMPLES ?= 2000
 
 # Five processes share the machine in a test or a demo; one thread each beats several that wait for each other.
 export OMP_NUM_THREADS ?= 1
+# Some four hundred processes start in a test: where the caller's shell forbids bytecode files, each of them would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check fuzz proto bench study simulate chaos soak e2e-systemd e2e-compose e2e-prometheus e2e-page e2e-proxy sbom clean
+.PHONY: help setup demo test check fuzz proto bench study simulate chaos soak e2e-systemd e2e-compose e2e-prometheus e2e-page e2e-proxy e2e-runbooks sbom clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +53,7 @@ demo: $(STAMP) ## Train over four sites on real images; leaves a grid of drawn d
 	$(BIN)/python -m tests.federation.demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Run every test: unit, protocol, integration, system
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 check: $(STAMP) ## Format, lint, types, imports, generated code, unit tests
 	$(BIN)/ruff format --check --output-format concise $(CODE)
@@ -94,6 +96,9 @@ e2e-page: $(STAMP) ## The status page of a live federation in headless Chromium;
 e2e-proxy: $(STAMP) ## A site behind a real HTTP proxy (tinyproxy), the only way out: enrol, train, proxy killed in mid-transfer (as root)
 	tests/e2e/prepare proxy
 	$(BIN)/python -m tests.e2e.proxy
+
+e2e-runbooks: $(STAMP) ## The operating pages' own lines, typed into shells beside a real federation, and what they must answer
+	$(BIN)/python -m tests.e2e.runbooks
 
 e2e-compose: $(STAMP) ## deploy/compose on a real engine: images, four sites in containers, one killed, one cut off, down and up (as root; Docker)
 	tests/e2e/prepare compose

@@ -1,6 +1,7 @@
 """Whole rounds that train nothing, beside the bytes alone through raw TLS: seconds, processor seconds, peak memory.
 
-    python -m bench.rounds [--model 42|146|507|3400] [--sites 3 10] [--rounds 3] [--modes masked plain] [--json FILE]
+    python -m bench.rounds [--model 42|146|507|3400] [--sites 3 10] [--rounds 3] [--modes masked plain] [--bits 24|32]
+        [--json FILE]
 
 Rehearsals over a real federation on this machine: a coordinator and sites as processes, mTLS, every digest and check. A round's seconds are
 the coordinator's own, from the first phase to the last. The yardstick moves the same bytes (each site's fetch and upload) through one raw
@@ -38,11 +39,15 @@ MODELS_MAX, CONSTANT_MB = 2.5, 200.0  # of the coordinator's peak anonymous memo
 GROWTH_MAX = 1.1  # of that peak from 3 sites to 10 and 30
 SAMPLE_S = 0.02
 PATIENCE_S = 1800.0
+BITS = 32  # a manifest's own default
 
 
 @dataclass(frozen=True)
 class Row:
-    """One federation's rounds. seconds: the median; tls_s: of the same bytes; cpu_s: of all processes, a round; *_peak_mb: 10^6 bytes."""
+    """One federation's rounds. seconds: the median; tls_s: of the same bytes; cpu_s: of all processes, a round; *_peak_mb: 10^6 bytes.
+
+    bits: of the encoding. downlink_bytes, uplink_bytes: of all sites in the last round, as the coordinator counts them.
+    """
 
     mode: str
     sites: int
@@ -56,6 +61,14 @@ class Row:
     coordinator_base_mb: float
     site_peak_mb: float
     every_s: tuple[float, ...]
+    bits: int
+    downlink_bytes: int
+    uplink_bytes: int
+
+    @property
+    def traffic(self) -> float:
+        """A round's bytes, both ways, as a part of four bytes a parameter each way and site."""
+        return (self.downlink_bytes + self.uplink_bytes) / (2 * self.sites * self.model_mb * 1e6)
 
 
 def measure(quick: bool = False) -> Iterator[Figure]:
@@ -83,6 +96,9 @@ def figures_of(row: Row) -> Iterator[Figure]:
     yield Figure(f"{name}.memory.coordinator", row.coordinator_peak_mb, "MB", "allowed, MB", allowed, at_most(1.0))
     yield Figure(f"{name}.memory.coordinator.before", row.coordinator_base_mb, "MB")
     yield Figure(f"{name}.memory.site", row.site_peak_mb, "MB")
+    whole_mb = row.sites * row.model_mb
+    yield Figure(f"{name}.downlink", row.downlink_bytes / 1e6, "MB", "4 bytes a parameter, MB", whole_mb)
+    yield Figure(f"{name}.uplink", row.uplink_bytes / 1e6, "MB", "4 bytes a parameter, MB", whole_mb)
 
 
 class Peaks:
@@ -117,12 +133,13 @@ def main() -> None:
     parser.add_argument("--sites", type=int, nargs="+", default=[3])
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up; the median is shown")
     parser.add_argument("--modes", nargs="+", choices=sorted(GOALS), default=["masked", "plain"])
+    parser.add_argument("--bits", type=int, choices=(24, 32), default=BITS, help="of the encoding: what an upload takes a value")
     parser.add_argument("--folder", type=Path, default=None, help="where the federation lives: some (4 + 2 N) models of disk")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     rows = []
     for sites in arguments.sites:
-        for row in _federation(arguments.model, sites, arguments.rounds, arguments.modes, arguments.folder):
+        for row in _federation(arguments.model, sites, arguments.rounds, arguments.modes, arguments.folder, arguments.bits):
             rows.append(row)
             if arguments.json:  # after each: a long run that is cut off has told what it found
                 _write(arguments.json, rows)
@@ -134,26 +151,27 @@ def _write(path: Path, rows: list[Row]) -> None:
     path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
 
 
-def _federation(model: int, sites: int, rounds: int, modes: list[str], folder: Path | None) -> Iterator[Row]:
+def _federation(model: int, sites: int, rounds: int, modes: list[str], folder: Path | None, bits: int = BITS) -> Iterator[Row]:
     root = Path(tempfile.mkdtemp(prefix="cosilo-bench-", dir=folder))
     try:
         specs = digits_sites(root, sites, alpha=100.0, least=10, seed=1, policy={"allow_insecure_plain_sum": "plain" in modes})
         with LocalFederation(root, specs) as federation:
             federation.start()
             for mode in modes:
-                row = _rounds(federation, mode, model, rounds)
+                row = _rounds(federation, mode, model, rounds, bits)
                 _show(row)
                 yield row
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _rounds(federation: LocalFederation, mode: str, model: int, rounds: int) -> Row:
+def _rounds(federation: LocalFederation, mode: str, model: int, rounds: int, bits: int) -> Row:
     deadlines = {f"{what}_s": PATIENCE_S for what in ("gather", "training", "sharing", "uploading", "consenting", "revealing")}
     plan: dict[str, Any] = {
         "name": f"{mode}-{model}",
         "preset": "digits",
         "architecture": {"block_out_channels": list(WIDTHS[model]), "norm_num_groups": 16},
+        "encoding": {"bits": bits},
         "deadlines": deadlines,
     }
     run = federation.create_run(plan, plain=mode == "plain")
@@ -183,6 +201,9 @@ def _rounds(federation: LocalFederation, mode: str, model: int, rounds: int) -> 
         coordinator_base_mb=peaks.base[COORDINATOR] / 1e6,
         site_peak_mb=max(peaks.peak[name] for name in federation.sites) / 1e6,
         every_s=tuple(seconds),
+        bits=bits,
+        downlink_bytes=int(found[-1]["bytes_down"]),
+        uplink_bytes=int(found[-1]["bytes_up"]),
     )
 
 
@@ -191,7 +212,8 @@ def _show(row: Row) -> None:
         f"{row.mode:6} {row.sites:2} sites {row.model_mb:6.0f} MB: {row.seconds:6.2f} s a round ({', '.join(f'{s:.2f}' for s in row.every_s)}), "
         f"raw TLS {row.tls_s:.2f} s, ratio {row.ratio:.2f} (goal {GOALS[row.mode]:.0f}); processor {row.cpu_s:.1f} s "
         f"({row.coordinator_cpu_s:.1f} s the coordinator's); peak coordinator {row.coordinator_peak_mb:.0f} MB "
-        f"(idle {row.coordinator_base_mb:.0f}), site {row.site_peak_mb:.0f} MB",
+        f"(idle {row.coordinator_base_mb:.0f}), site {row.site_peak_mb:.0f} MB; "
+        f"{row.bits} bits, downlink bytes {row.downlink_bytes}, uplink bytes {row.uplink_bytes}: {row.traffic:.4f} of 4 bytes a parameter each way",
         flush=True,
     )
 

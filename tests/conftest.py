@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch or numpy is imported: five processes share the machine
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,6 +13,23 @@ from hypothesis import settings
 
 settings.register_profile("cosilo", deadline=None)  # a shared machine's clock says nothing about our code
 settings.load_profile("cosilo")
+
+
+LONGEST_FIRST = ("system", "integration")  # folders; beside the rest their files are minutes, and the last one to begin is waited for alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The Makefile's --no-loadscope-reorder keeps this order; xdist by itself would put files with few tests last, and those are the longest."""
+    ranks = {Path(__file__).parent / folder: rank for rank, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.parent, len(ranks)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What commands keep for next time (`cosilo_server.cli.known_tables`) is kept for this session, and nobody's own is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

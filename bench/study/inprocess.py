@@ -6,6 +6,7 @@ marked so and never stands in results.json. Owns the loop over rounds.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 
@@ -17,11 +18,12 @@ from bench.study.centralised import OnCheckpoint
 from cosilo_client.data import DataConfig, load_images, open_source, split_heldout
 from cosilo_client.trainer.device import Workplace
 from cosilo_client.trainer.training import DeviceImages, train
+from cosilo_common.diffusion.correction import correct
 from cosilo_common.diffusion.model import build_unet, initial_state, load_vector, vector_blocks
 from cosilo_common.diffusion.seeding import site_seed
 from cosilo_common.diffusion.specification import Preset
 from cosilo_common.errors import CosiloError
-from cosilo_common.manifest import ServerOptimiserTerms
+from cosilo_common.manifest import CorrectionTerms, ServerOptimiserTerms
 from cosilo_server.optimiser import ServerOptimiser, ema_decay_at, step_ema
 
 Vector = NDArray[np.float32]
@@ -33,12 +35,20 @@ class InProcessRounds:
     """One cell's state: the global weights, the server's moments, the moving average."""
 
     def __init__(
-        self, recipe: Preset, sites: Mapping[str, DataConfig], terms: ServerOptimiserTerms, *, ema_decay: float, cohort: int, raw: bool
+        self,
+        recipe: Preset,
+        sites: Mapping[str, DataConfig],
+        terms: ServerOptimiserTerms,
+        *,
+        ema_decay: float,
+        cohort: int,
+        raw: bool,
+        correction: CorrectionTerms | None = None,
     ) -> None:
         if recipe.training.personal or recipe.training.control_variates:
             raise CosiloError("explore", "personal layers and control variates are kept by sites", "run this arm over daemons")
         self._recipe, self._ema_decay, self._cohort, self._raw = recipe, ema_decay, cohort or len(sites), raw
-        self._optimiser = ServerOptimiser(terms)
+        self._optimiser, self._correction = ServerOptimiser(terms), correction
         self._images = {name: _site_images(config, recipe) for name, config in sites.items()}
         self._unet = build_unet(recipe.architecture)
         state = initial_state(recipe.architecture, recipe.training.seed)
@@ -75,9 +85,24 @@ class InProcessRounds:
             seen += train(self._unet, data, recipe.schedule, recipe.training, seed, None, place, lambda _: None).images
             mean += len(data.train) / total * (np.concatenate(list(vector_blocks(self._unet))) - self._weights)
         self._optimiser.step(mean.astype(np.float32), self._weights, self._moments)
+        average = self._average.copy() if self._correction is not None else self._average
         if self._ema_decay:
             step_ema(self._average, self._weights, ema_decay_at(self._ema_decay, number - 1))
+        if self._correction is not None and self._correction.due(number):
+            self._correct(self._correction, average, number)
         return seen
+
+    def _correct(self, terms: CorrectionTerms, before: Vector, number: int) -> None:
+        """As the coordinator does: the average is trained on what the global model draws, and the moving average follows it, not what it was."""
+        load_vector(self._unet, self._weights)
+        drawer = copy.deepcopy(self._unet)
+        if self._ema_decay:
+            load_vector(drawer, self._average)
+        correct(self._unet, drawer, self._recipe, terms, number)
+        self._weights = np.concatenate(list(vector_blocks(self._unet)))
+        if self._ema_decay:
+            self._average = before
+            step_ema(self._average, self._weights, ema_decay_at(self._ema_decay, number - 1))
 
 
 def _site_images(config: DataConfig, recipe: Preset) -> DeviceImages:

@@ -31,7 +31,7 @@ from bench.study.scenario import Arm, read_scenario
 from cosilo_common.diffusion.specification import Preset
 from cosilo_common.errors import CosiloError
 from cosilo_common.evaluation.extractors import extractor
-from cosilo_common.manifest import ServerOptimiserTerms
+from cosilo_common.manifest import CorrectionTerms, ServerOptimiserTerms
 from cosilo_server.cli.run_file import RunFile
 from tests.federation.processes import FederationError
 from tests.federation.toml_files import to_toml
@@ -152,7 +152,9 @@ class _Study:
             file = RunFile(self._plan_path(arm, seed))
             terms = ServerOptimiserTerms.model_validate(file.values["server_optimiser"])
             ema_decay, cohort = float(file.values.get("ema_decay", 0.0)), int(file.values.get("cohort", 0))
-            rounds = InProcessRounds(recipe, data.sites, terms, ema_decay=ema_decay, cohort=cohort, raw=self.scenario.evaluation.raw)
+            correction = CorrectionTerms.model_validate(file.values["correction"]) if "correction" in file.values else None
+            raw = self.scenario.evaluation.raw
+            rounds = InProcessRounds(recipe, data.sites, terms, ema_decay=ema_decay, cohort=cohort, raw=raw, correction=correction)
             return {"exploration": rounds.train(points, on_checkpoint)}
         cell = FederatedCell(
             folder,

@@ -26,15 +26,15 @@ class ArtifactCache:
         make_folder(folder)
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._in_use: dict[bytes, bytes] = {}
+        self._in_use: dict[tuple[bytes, str], bytes] = {}
 
     def path(self, digest: bytes) -> Path:
         """Where an artifact lies once it is here. digest: 32 bytes."""
         return self._folder / digest.hex()
 
-    def use(self, run: bytes, digest: bytes) -> None:
-        """Keeps one artifact a run from being evicted: the one that its round needs."""
-        self._in_use[run] = digest
+    def use(self, run: bytes, digest: bytes, purpose: str = "weights") -> None:
+        """Keeps one artifact a run and purpose from being evicted: the one that its round needs."""
+        self._in_use[run, purpose] = digest
 
     def find(self, digest: bytes) -> Path | None:
         """The artifact, if it is here and its bytes are still the right ones; wrong ones are removed."""

@@ -55,6 +55,10 @@ class Coordinator(Protocol):
         """The round's weights as a file with the right digest; fetched unless they are here, or if `forced`."""
         ...
 
+    async def fetch_base(self, run: bytes, digest: bytes, size_bytes: int, on_bytes: OnBytes) -> Path:
+        """What the adapters of a run stand on, as a file with that digest (32 bytes); fetched unless it is here."""
+        ...
+
     async def put(self, header: UploadHeader, spool: Path, on_bytes: OnBytes) -> None:
         """Uploads a spool whole; returns when the coordinator says that it is stored."""
         ...

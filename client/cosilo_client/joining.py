@@ -18,6 +18,7 @@ from cosilo_client.ledger import Ledger
 from cosilo_client.owed import DeclineCode
 from cosilo_client.policy import Refusal, is_listed, refuse_run, refuse_unasked
 from cosilo_client.run_terms import ROUNDS_PER_MODEL
+from cosilo_common.diffusion.lora import require_peft
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import Identity
 from cosilo_common.identity.keys import fingerprint, public_bytes
@@ -50,8 +51,10 @@ def verify_candidate(identity: Identity, signed: SignedRun) -> Candidate:
 def accept_as_person(identity: Identity, ledger: Ledger, candidate: Candidate, now: datetime) -> None:
     """Writes a person's acceptance, and pins the participants' keys for runs that the policy may accept later.
 
-    now: aware, for people. Raises CosiloError where this site is no participant, or an admin's key is one.
+    now: aware, for people. Raises CosiloError where this site is no participant, an admin's key is one, or the run needs what is not
+    installed.
     """
+    require_installed(candidate.manifest)
     _accept(identity, ledger, candidate, AcceptedBy.PERSON, now)
     ledger.rejoin(candidate.run, at=now.isoformat())
     for name, key in candidate.manifest.participant_keys().items():
@@ -95,8 +98,24 @@ class PolicyAcceptance:
         candidate = self._candidates[run]
         refusal = refuse_unasked(self._policy, run, candidate.manifest, self._ledger.pins())
         if refusal is None:
+            refusal = _refuse_uninstalled(candidate.manifest)
+        if refusal is None:
             _accept(self._identity, self._ledger, candidate, AcceptedBy.POLICY, self._now())
         return refusal
+
+
+def require_installed(manifest: Manifest) -> None:
+    """Raises CosiloError, with what to install, where this site could not train a run."""
+    if manifest.lora is not None:
+        require_peft("accept run", "cosilo-client")
+
+
+def _refuse_uninstalled(manifest: Manifest) -> Refusal | None:
+    try:
+        require_installed(manifest)
+    except CosiloError as error:
+        return Refusal(DeclineCode.NOT_ACCEPTED, f"{error.subject}: {error.hint}")
+    return None
 
 
 def refuse_unlisted(run: bytes) -> Refusal:
@@ -107,17 +126,21 @@ def refuse_unlisted(run: bytes) -> Refusal:
 def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
     """What a run would take from this site, in plain words, as `cosilo-site accept` shows it."""
     manifest = candidate.manifest
-    values, shared = manifest.tensor_table.size, manifest.shared_table.size
+    values = manifest.tensor_table.size
+    personal = 0 if manifest.split.personal_table is None else manifest.split.personal_table.size
     upload_mb = manifest.split.summed_size * manifest.encoding.bits / 8 / 1e6
+    of_what = "the model's" if manifest.lora is None else "the adapters'"
     architecture = manifest.architecture
     lines = [
         f"Run {candidate.run.hex()}",
         f'  "{manifest.name}", of federation {manifest.federation}, signed by its admin {candidate.signer}',
         f"  a diffusion model for images of {architecture.sample_size}x{architecture.sample_size} pixels, "
-        f"{architecture.in_channels} planes, {architecture.num_classes} classes; {values:,} values",
+        f"{architecture.in_channels} planes, {architecture.num_classes} classes; {values:,} values"
+        + ("" if manifest.lora is None else " of adapters"),
+        *_base(manifest),
         "",
         "What leaves this site, in each round that it takes part in",
-        f"  one upload of {upload_mb:,.1f} MB: how much training changed each of the model's values",
+        f"  one upload of {upload_mb:,.1f} MB: how much training changed each of {of_what} values",
         f"    ({_work(manifest)}; no change larger than {manifest.encoding.clip:g}),",
         f"    the number of images trained on (at most {manifest.encoding.cap}), and {manifest.loss_words} mean losses",
         *(
@@ -138,7 +161,7 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
         "  images, labels, file names, the number of images of any class",
         "  losses and counts of this site alone; its metrics and its log" if manifest.secure else "  its metrics and its log",
         "  its unmasked update, its keys and its seeds" if manifest.secure else "  its keys",
-        *([f"  its own {', '.join(manifest.training.personal)}: {values - shared:,} values stay here"] if values != shared else []),
+        *([f"  its own {', '.join(manifest.training.personal)}: {personal:,} values stay here"] if personal else []),
         "",
         "What this does not protect against",
         "  what the finished model has memorised, and what a sum of few sites tells: see docs/threat-model.md",
@@ -149,10 +172,21 @@ def explain(candidate: Candidate, site: str, policy: PolicyTable) -> str:
     for participant in manifest.participants:
         mine = "  this site" if participant.name == site else ""
         lines.append(f"  {participant.name:<{width}}  {fingerprint(bytes.fromhex(participant.key))}{mine}")
-    refusal = refuse_run(policy, manifest)
+    refusal = refuse_run(policy, manifest) or _refuse_uninstalled(manifest)
     if refusal is not None:
         lines += ["", f"As things stand this site would join no round: {refusal.reason}"]
     return "\n".join(lines)
+
+
+def _base(manifest: Manifest) -> list[str]:
+    """What a run of adapters needs here besides, where the run is one."""
+    terms = manifest.lora
+    if terms is None:
+        return []
+    return [
+        f"  the adapters (LoRA, rank {terms.rank}) change a model that stays as it is: this site fetches its {terms.base_bytes / 1e6:,.1f} MB",
+        f"    once, with the SHA-256 {terms.base}, and never sends it",
+    ]
 
 
 def _looks(manifest: Manifest, policy: PolicyTable) -> list[str]:

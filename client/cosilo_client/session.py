@@ -125,15 +125,32 @@ class Session:
             found = await in_thread(self._cache.find, owed.base_digest)
             if found is not None:
                 return found
+        return await self._fetched(owed.base_digest, owed.base_bytes, on_bytes)
+
+    async def fetch_base(self, run: bytes, digest: bytes, size_bytes: int, on_bytes: OnBytes) -> Path:
+        """The frozen base of a run's adapters, by the digest and length that its signed manifest names. Raises as `fetch`."""
+        self._cache.use(run, digest, "lora base")
+        found = await in_thread(self._cache.find, digest)
+        if found is not None:
+            return found
+        try:
+            return await self._fetched(digest, size_bytes, on_bytes)
+        except TransferError as error:
+            if error.refusal is not Refusal.DIGEST:
+                raise
+            subject = f"run {run.hex()[:12]}: what came is not {digest.hex()}, which the signed manifest names"
+            raise CosiloError("fetch lora base", subject, "tell the coordinator's admin; nothing was trained") from None
+
+    async def _fetched(self, digest: bytes, size_bytes: int, on_bytes: OnBytes) -> Path:
         for left in reversed(range(CORRUPT_MAX)):
-            async with opened_in_thread(self._cache.sink, owed.base_digest, owed.base_bytes) as sink:
+            async with opened_in_thread(self._cache.sink, digest, size_bytes) as sink:
                 try:
-                    await self._retrying(lambda to, s=sink: to.fetch(owed.base_digest, s, on_bytes), lambda s=sink: s.offset)  # type: ignore[misc]  # mypy cannot type a lambda's default
+                    await self._retrying(lambda to, s=sink: to.fetch(digest, s, on_bytes), lambda s=sink: s.offset)  # type: ignore[misc]  # mypy cannot type a lambda's default
                     return await in_thread(sink.finish)
                 except TransferError as error:
                     if error.refusal is not Refusal.DIGEST or not left:
                         raise
-                    log.warning("fetched weights are corrupt: fetching them again", digest=owed.base_digest.hex()[:12])
+                    log.warning("fetched weights are corrupt: fetching them again", digest=digest.hex()[:12])
         raise AssertionError("the last pass returns or raises")
 
     async def put(self, header: UploadHeader, spool: Path, on_bytes: OnBytes) -> None:

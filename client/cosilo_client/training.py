@@ -24,6 +24,7 @@ from cosilo_client.spending import Spending
 from cosilo_client.threads import in_thread
 from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Job, MomentsJob, Result, TrainerFailed, TrainJob
 from cosilo_client.trainer.jobs import Progress as TrainerProgress
+from cosilo_common.diffusion.lora import LoraBase
 from cosilo_common.diffusion.seeding import site_seed
 from cosilo_common.encoding import Encoding
 from cosilo_common.manifest import Manifest
@@ -91,11 +92,12 @@ class Training:
             await self._measure(owed, manifest)
             return
         forced = owed.kind is RoundKind.REHEARSAL
+        base = None if forced else await self._base(owed, manifest)  # first: its tenths are those that the round's deadline watches
         weights = await self._coordinator.fetch(owed, forced, self._reporter(owed, Activity.FETCHING, owed.base_bytes))
         await in_thread(self._journal.ledger.reach, owed.run, owed.round, Reached.FETCHED)
         if owed.kind is RoundKind.REHEARSAL:
             return
-        result = await self._timed(owed, await self._job(owed, manifest, weights))
+        result = await self._timed(owed, await self._job(owed, manifest, weights, base))
         losses = (*result.heldout_losses, result.train_loss)
         if len(losses) != manifest.loss_words or not all(map(math.isfinite, losses)):
             raise TrainerFailed(FailureCode.NON_FINITE, f"{owed.label}: its losses cannot be reported", "ask for a lower learning rate")
@@ -180,7 +182,7 @@ class Training:
         self._metrics.gpu_memory(result.gpu_memory_bytes)
         return result
 
-    async def _job(self, owed: Owed, manifest: Manifest, weights: Path) -> Job:
+    async def _job(self, owed: Owed, manifest: Manifest, weights: Path, base: LoraBase | None) -> Job:
         common: dict[str, Any] = {
             "weights": weights,
             "architecture": manifest.architecture,
@@ -188,6 +190,7 @@ class Training:
             "training": manifest.training,
             "data": self._data,
             "threads": self._threads,
+            "lora": base,
         }
         if manifest.split.kept_table is not None:
             counts = self._summed if manifest.training.control_variates else None
@@ -198,6 +201,14 @@ class Training:
         if manifest.split.kept_table is not None:
             common["keep_personal"] = await in_thread(self._journal.personal.place, owed.run, owed.round, common["personal"])
         return TrainJob.model_validate(common | {"update": self._journal.files(owed.run).update, "seed": seed})
+
+    async def _base(self, owed: Owed, manifest: Manifest) -> LoraBase | None:
+        """What a run's adapters stand on: fetched by the manifest's digest once, then here, and hashed at each asking."""
+        terms = manifest.lora
+        if terms is None:
+            return None
+        report = self._reporter(owed, Activity.FETCHING, terms.base_bytes)
+        return LoraBase(terms, await self._coordinator.fetch_base(owed.run, bytes.fromhex(terms.base), terms.base_bytes, report))
 
     def _summed(self, run: bytes, round_: int) -> bool:
         """Whether this site's part of a round is in the sum that was opened: its control variate is then what the others' mean includes."""

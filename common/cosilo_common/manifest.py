@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cosilo_common.canonical import canonical_json, lp, sha256
+from cosilo_common.diffusion.lora import Lora
 from cosilo_common.diffusion.parts import Split, split_of
 from cosilo_common.diffusion.specification import Architecture, Sampling, Schedule, Training, check_fits
 from cosilo_common.errors import CosiloError
@@ -27,6 +28,8 @@ ROUNDS_MAX = 100_000  # a round a minute for two months
 SECURE_SITES_MIN = 3  # PROTOCOL.md, R1: with two, a sum tells each site the other's update
 FEATURES_MAX = 4096  # twice Inception's; 8.4 million values, 34 MB an upload
 IMAGES_MAX = 1 << 24  # of all sites: a count that float32 holds exactly
+CORRECTION_SAMPLES_MAX = 10_000  # held in memory: 492 MB at 64 pixels in colour; a CPU draws no more of them in the time limit
+CORRECTION_STEPS_MAX = 10_000  # a step takes a tenth of a second and more on a CPU: beyond the time limit
 LOSS_WORDS_EXTRA = 1  # the round's training loss stands after the buckets in the tail
 
 SiteName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,63}$")]
@@ -121,6 +124,23 @@ class WarmStartTerms(_Plain):
     sha256: Hex32
 
 
+class CorrectionTerms(_Plain):
+    """After every `every`-th round the coordinator trains the average on images that the global model draws (docs/levers.md, Correction).
+
+    samples: labelled images drawn; steps: of Adam at learning_rate on them, 0 for none; sampler_steps: of denoising, 0 for sampling.steps.
+    """
+
+    every: int = Field(default=1, ge=1, le=ROUNDS_MAX)
+    samples: int = Field(default=512, ge=1, le=CORRECTION_SAMPLES_MAX)
+    steps: int = Field(default=8, ge=0, le=CORRECTION_STEPS_MAX)
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, allow_inf_nan=False)
+    sampler_steps: int = Field(default=0, ge=0, le=1000)
+
+    def due(self, round_number: int) -> bool:
+        """Whether this round's average is corrected; rounds of every kind are counted, and only training ones have an average."""
+        return self.steps > 0 and round_number % self.every == 0
+
+
 class Manifest(_Plain):
     """One run, whole.
 
@@ -129,6 +149,7 @@ class Manifest(_Plain):
 
     participants: sorted by name, unique; f: most participants that may collude with the coordinator (R1); n_min: fewest sites in a sum;
     cohort: sites invited to a round, 0 for all; rounds_max: highest round number of any kind; ema_decay: of the global model, 0 for none.
+    tensors: of what sites fetch and train: the model's, or with lora its adapters', and the base's are then those of the architecture.
     """
 
     version: Literal[1] = 1
@@ -154,6 +175,8 @@ class Manifest(_Plain):
     card: CardTerms = CardTerms()
     evaluation: EvaluationTerms | None = None
     warm_start: WarmStartTerms | None = None
+    lora: Lora | None = None
+    correction: CorrectionTerms | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -177,6 +200,10 @@ class Manifest(_Plain):
         self.split.base_table  # noqa: B018 - building it checks names, shapes and order, and that something is left to sum
         if self.training.control_variates and self.encoding.bits == 24:
             raise ValueError("control_variates need encoding.bits = 32: b = 24 lives on clip ranges that follow each tensor's own changes")
+        if self.correction is not None and (self.training.personal or self.training.control_variates or self.lora is not None):
+            raise ValueError("correction: needs a whole model at the coordinator: no personal layers, control_variates or lora")
+        if self.correction is not None and self.correction.sampler_steps > self.schedule.train_timesteps:
+            raise ValueError("correction: sampler_steps are more than schedule.train_timesteps")
         return self
 
     @property
@@ -197,7 +224,7 @@ class Manifest(_Plain):
     @property
     def split(self) -> Split:
         """Which tensors are summed, and which stay at the sites (`Training.personal`)."""
-        return split_of(self.tensor_table, self.architecture, self.training.personal, self.training.control_variates)
+        return split_of(self.tensor_table, self.architecture, self.training.personal, self.training.control_variates, self.lora)
 
     @property
     def shared_table(self) -> TensorTable:

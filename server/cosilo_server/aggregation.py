@@ -7,10 +7,11 @@ Every call blocks: callers on an event loop use a thread.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,10 @@ from cosilo_server.optimiser import STEPS_MAX, ServerOptimiser, ema_decay_at, st
 
 _WORD_BYTES = 4
 _STEP = "step the global model"
+
+
+Amend = Callable[[Path, Path], bool]
+"""Given the file of the stepped weights and that of the moving average (without one, the same file again): whether it has rewritten the first."""
 
 
 class Opening(Protocol):
@@ -75,8 +80,9 @@ class Aggregation:
     """One run's way from sums to checkpoints.
 
     ema_decay: 0 for none (the EMA is then the weights). personal: names of the tensors that stay at the sites: no sum has them, no step
-    moves them, and every checkpoint has what the first one had. controlled: with SCAFFOLD's control variates: weights are then what sites
-    fetch, the model and c, and the model alone stands in the EMA's place, as its own average where ema_decay is 0.
+    moves them, and every checkpoint has what the first one had. frozen: of those that nobody trains, likewise.
+    controlled: with SCAFFOLD's control variates: weights are then what sites fetch, the model and c, and the model alone stands in the
+    EMA's place, as its own average where ema_decay is 0.
     """
 
     artifacts: Artifacts
@@ -86,11 +92,12 @@ class Aggregation:
     ema_decay: float
     personal: frozenset[str] = frozenset()
     controlled: bool = False
+    frozen: frozenset[str] = frozenset()
 
     @property
     def split(self) -> Split:
         """The model's vector in two: what sums step, and what stays."""
-        return Split(self.table, self.personal, self.controlled)
+        return Split(self.table, self.personal, self.controlled, self.frozen)
 
     def initial(self, weights: str) -> Checkpoint:
         """The checkpoint before the first round, from the digest of the untrained weights, which are also its EMA."""
@@ -118,8 +125,8 @@ class Aggregation:
                     writer.append(np.zeros(min(BLOCK_WORDS, split.shared_table.size - start), np.float32))
             return self.artifacts.put_file(path)
 
-    def train(self, base: Checkpoint, opening: Opening) -> Aggregate:
-        """Step the model by the mean update.
+    def train(self, base: Checkpoint, opening: Opening, amend: Amend | None = None) -> Aggregate:
+        """Step the model by the mean update. amend: called once the sum is verified, before anything is stored.
 
         Raises what the opening raises, SumRefused where its tail changed under way, and CosiloError where a weight is
         no longer finite or the disk is full. Then nothing is stored, and the same call may be made again with a fresh
@@ -134,6 +141,8 @@ class Aggregation:
             tail = opening.tail
             if (tail.total_weight, tail.contributors) != (step.total_weight, step.contributors):
                 raise SumRefused(_STEP, "the total weight changed while the sum was opened", "start the round again")
+            if amend is not None:
+                step.amend(amend)
             checkpoint = step.finish()
         return Aggregate(tail, checkpoint, step.norm, step.tensor_peaks)
 
@@ -158,7 +167,9 @@ class Aggregation:
 def aggregation_of(manifest: Manifest, artifacts: Artifacts, encoding: Encoding) -> Aggregation:
     """A run's way by its manifest."""
     split = manifest.split
-    return Aggregation(artifacts, split.table, encoding, manifest.server_optimiser, manifest.ema_decay, split.personal, split.controlled)
+    return Aggregation(
+        artifacts, split.table, encoding, manifest.server_optimiser, manifest.ema_decay, split.personal, split.controlled, split.frozen
+    )
 
 
 class _Step:
@@ -190,7 +201,7 @@ class _Step:
         self._mean = np.empty(BLOCK_WORDS, np.float32)
         self._squares = 0.0
         self._peaks = TensorPeaks(split.shared_table) if run.encoding.bits == 24 else None
-        for place in split.personal_runs:  # what no sum moves is carried over first, and the steps fill the rest
+        for place in split.unsummed_runs:  # what no sum moves is carried over first, and the steps fill the rest
             for start in range(place.start, place.stop, BLOCK_WORDS):
                 stop = min(start + BLOCK_WORDS, place.stop)
                 self._weights.put(start, np.array(self._old_weights[start:stop]))
@@ -241,6 +252,19 @@ class _Step:
         mean *= np.float32(self._joining)
         mean += self._old_control[at : at + words.size]
         self._weights.put(self._run.table.size + at, mean)
+
+    def amend(self, amend: Amend) -> None:
+        """Let the stepped weights be rewritten; the moving average then follows what they became."""
+        self._writers.close()
+        weights_path, ema_path, _ = self._paths
+        if not amend(weights_path, weights_path if self._ema is None else ema_path) or not self._run.ema_decay:
+            return
+        weights = open_vector(weights_path, self._run.table)
+        with WeightsWriter(ema_path, self._run.table) as writer:
+            for start in range(0, self._run.table.size, BLOCK_WORDS):
+                average = np.array(self._old_ema[start : start + BLOCK_WORDS])
+                step_ema(average, weights[start : start + BLOCK_WORDS], self._decay)
+                writer.append(average)
 
     def finish(self) -> Checkpoint:
         """Put the files on disk and into the store; raises CosiloError where a block is missing."""

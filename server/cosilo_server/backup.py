@@ -141,9 +141,7 @@ def restore(folder: Path, config_file: Path) -> Backup:
         (data / UNFINISHED_FILE).unlink()
         sync_file(data)
     except OSError as error:
-        raise CosiloError(
-            "restore", f"{error.filename or data}: {error.strerror}", "check the folder, its owner and its free space"
-        ) from None
+        raise _not_written(error, data, folder, config_file) from None
     return _summary(listing)
 
 
@@ -156,8 +154,18 @@ def check_restored(data: Path) -> None:
 def data_folder_after(folder: Path, config_file: Path) -> Path:
     """Where `restore` will put the data, made if it is missing: its lock is to be held. Raises CosiloError."""
     data = _config_to_be(folder, config_file).paths.data
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(error, data, folder, config_file) from None
     return data
+
+
+def _not_written(error: OSError, data: Path, folder: Path, config_file: Path) -> CosiloError:
+    hint = "check the folder, its owner and its free space"
+    if not config_file.exists():  # as the daemon's user, who may not write beside it
+        hint = f"there is no {config_file}: install it first (as root, `install -m 644 {folder / _CONFIG} {config_file}`), then try again"
+    return CosiloError("restore", f"{error.filename or data}: {error.strerror}", hint)
 
 
 def _config_to_be(folder: Path, config_file: Path) -> CoordinatorConfig:

@@ -27,6 +27,7 @@ from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.weights import WeightsWriter
 from cosilo_server.aggregation import Checkpoint, aggregation_of
 from cosilo_server.artifacts import Artifacts
+from cosilo_server.correction import Corrector
 from cosilo_server.early_sum import EarlySum
 from cosilo_server.rounds.state import Round
 from cosilo_server.secagg import SumOpening, reconstruct
@@ -52,7 +53,8 @@ class RoundOutcome:
     heldout_loss: of the weights that the round started from, mean over the timestep buckets; by_bucket: lowest noise first; train_loss: of the
     local training; None where the round's kind has none. update_norm: L2 norm of the mean update. tensor_peaks: the largest absolute value of
     the mean update in each tensor, after a training round at b = 24: the next round's clip ranges follow from it. moments: digest of a
-    moments round's artifact (`evaluation.moments.moments_table`), hex.
+    moments round's artifact (`evaluation.moments.moments_table`), hex. corrected: whether the checkpoint is the corrected average
+    (`Manifest.correction`), and so no longer the one that follows from the sum alone.
     """
 
     total_weight: int
@@ -65,6 +67,7 @@ class RoundOutcome:
     note: str = ""
     tensor_peaks: tuple[float, ...] = ()
     moments: str = ""
+    corrected: bool = False
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -81,13 +84,25 @@ class RoundOutcome:
 class RoundCloser:
     """Opens sums for one coordinator."""
 
-    def __init__(self, store: Store, artifacts: Artifacts, spool: Spool, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        artifacts: Artifacts,
+        spool: Spool,
+        now: Callable[[], float] = time.time,
+        corrector: Corrector | None = None,
+    ) -> None:
         self._store = store
         self._artifacts = artifacts
         self._spool = spool
         self._now = now
+        self._corrector = corrector or Corrector()
         self._early: dict[bytes, tuple[int, int, EarlySum | None]] = {}  # by run: of which round and attempt; None once that is opened
         self._summing = threading.Lock()
+
+    def stop(self) -> None:
+        """Ends what takes long in an opening. Nobody must wait for it any more: the next process opens that sum again."""
+        self._corrector.stop()
 
     def sum_early(self, state: Round, site: str) -> None:
         """Adds a whole upload to the sum of those before it, while others are on their way; `open` then has less to do.
@@ -155,7 +170,8 @@ class RoundCloser:
             tail = aggregation.rehearse(base, opening).tail
             note = f"the opened sum of {encoding.size} values is exactly zero"
             return RoundOutcome(tail.total_weight, tail.contributors, 0.0, update_norm=0.0, note=note), None
-        aggregate = aggregation.train(base, opening)
+        correction = _Correction(self._corrector, manifest, state.number)
+        aggregate = aggregation.train(base, opening, correction if correction.due else None)
         made = aggregate.checkpoint
         stored = StoredCheckpoint(
             run=state.run,
@@ -166,7 +182,8 @@ class RoundCloser:
             bytes=self._artifacts.size(made.weights),
             created_at=self._now(),
         )
-        return replace(_outcome(aggregate.tail, aggregate.update_norm), tensor_peaks=aggregate.tensor_peaks), stored
+        outcome = replace(_outcome(aggregate.tail, aggregate.update_norm), tensor_peaks=aggregate.tensor_peaks)
+        return replace(outcome, corrected=correction.done, note=correction.note), stored
 
     def _moments(self, encoding: Encoding, opening: SumOpening) -> RoundOutcome:
         """The opened sum as an artifact: what all its sites' images have in common, and no site's own."""
@@ -195,6 +212,26 @@ class RoundCloser:
             )
         ema = base.ema or base.weights
         return Checkpoint(base.weights.hex(), ema.hex(), base.optimiser.hex())
+
+
+class _Correction:
+    """What becomes of a round's correction. One that fails costs the round nothing but itself: the average stands, and the note says why."""
+
+    def __init__(self, corrector: Corrector, manifest: Manifest, round_number: int) -> None:
+        self._corrector, self._manifest, self._round = corrector, manifest, round_number
+        self.due = manifest.correction is not None and manifest.correction.due(round_number)
+        self.done, self.note = False, ""
+
+    def __call__(self, weights: Path, average: Path) -> bool:
+        terms = self._manifest.correction
+        assert terms is not None
+        try:
+            self._corrector.correct(self._manifest, self._round, weights, average)
+        except (CosiloError, OSError) as error:
+            self.note = f"not corrected, the plain average stands: {error}"
+            return False
+        self.done, self.note = True, f"corrected by {terms.steps} steps on {terms.samples} images that the global model drew"
+        return True
 
 
 class _Upload:

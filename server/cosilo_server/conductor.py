@@ -391,6 +391,9 @@ class Conductor:
         try:
             record.opened = await asyncio.to_thread(self._closer.open, record.manifest, state, partial(self.trace.step, state))
             outcome, checkpoint = record.opened
+            terms = record.manifest.correction
+            if state.kind is RoundKind.TRAIN and terms is not None and terms.due(state.number) and not outcome.corrected:
+                log.warning("average not corrected", run=record.run.hex()[:12], round=state.number, reason=outcome.note)
             self._metrics.sum_opened(record.run, outcome, time.monotonic() - began)
             ended = SumOpened(checkpoint.weights if checkpoint else state.base_digest)
         except CosiloError as error:

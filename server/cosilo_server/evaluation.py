@@ -31,14 +31,22 @@ class Evaluation:
                 "task": "initial",
                 "architecture": manifest.architecture.model_dump(mode="json"),
                 "tensors": manifest.tensor_table.to_plain(),
+                "lora": _lora(manifest),
                 "seed": manifest.training.seed,
                 "source": str(source) if source else "",
                 "out": str(out),
             }
         )
 
-    async def sample(self, manifest: Manifest, weights: Path, out: Path, per_class: int, steps: int, seed: int) -> None:
-        """Writes a PNG grid, a row a class. steps: 0 for the manifest's."""
+    async def base_weights(self, manifest: Manifest, source: Path, out: Path) -> None:
+        """Writes what a run's adapters stand on again. Raises CosiloError where source's tensors are not the architecture's."""
+        architecture = manifest.architecture.model_dump(mode="json")
+        await self._run({"task": "base", "architecture": architecture, "source": str(source), "out": str(out)})
+
+    async def sample(
+        self, manifest: Manifest, weights: Path, out: Path, per_class: int, steps: int, seed: int, base: Path | None = None
+    ) -> None:
+        """Writes a PNG grid, a row a class. steps: 0 for the manifest's. base: of a run of adapters."""
         sampling = manifest.sampling.model_dump(mode="json")
         await self._run(
             {
@@ -47,6 +55,8 @@ class Evaluation:
                 "schedule": manifest.schedule.model_dump(mode="json"),
                 "sampling": {**sampling, "steps": steps or sampling["steps"]},
                 "weights": str(weights),
+                "lora": _lora(manifest),
+                "base": str(base) if base else "",
                 "per_class": per_class,
                 "seed": seed,
                 "out": str(out),
@@ -73,10 +83,15 @@ class Evaluation:
                     process.kill()
                     await process.wait()
         if process.returncode:
-            raise _refusal(str(job["task"]), process.returncode, errors[-STDERR_BYTES_MAX:])
+            raise refusal(str(job["task"]), process.returncode, errors[-STDERR_BYTES_MAX:])
 
 
-def _refusal(task: str, returncode: int, errors: bytes) -> CosiloError:
+def _lora(manifest: Manifest) -> dict[str, object] | None:
+    return None if manifest.lora is None else manifest.lora.model_dump(mode="json")
+
+
+def refusal(task: str, returncode: int, errors: bytes) -> CosiloError:
+    """What a worker that ended so has said on standard error."""
     last = errors.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
     try:
         said = json.loads(last)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import structlog
 
 from cosilo_common.canonical import sha256
 from cosilo_common.clip_ranges import round_encoding
+from cosilo_common.diffusion.lora import require_peft
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.names import Role
 from cosilo_common.manifest import Manifest, verify_manifest
@@ -87,8 +89,10 @@ class RunRegistry:
             raise CosiloError("sample", f"{steps} steps are more than the schedule's {manifest.schedule.train_timesteps}", "ask for fewer")
         found = await asyncio.to_thread(self._checkpoint, run, wanted)
         digest = (found.weights if raw or not found.ema else found.ema).hex()
-        with self._artifacts.lease(digest) as weights, self._artifacts.scratch(".png") as path:
-            await self._evaluation.sample(manifest, weights, path, per_class, steps, seed)
+        with ExitStack() as files:
+            weights, path = files.enter_context(self._artifacts.lease(digest)), files.enter_context(self._artifacts.scratch(".png"))
+            base = None if manifest.lora is None else files.enter_context(self._artifacts.lease(manifest.lora.base))
+            await self._evaluation.sample(manifest, weights, path, per_class, steps, seed, base)
             size = path.stat().st_size
             png = await asyncio.to_thread(self._artifacts.put_file, path)
         await asyncio.to_thread(self._store.add_grid, run, found.round, bytes.fromhex(png))
@@ -105,8 +109,11 @@ class RunRegistry:
                 )
 
     async def _store_run(self, run: bytes, data: bytes, manifest: Manifest, signature: bytes, signer: str) -> None:
-        size = manifest.tensor_table.size
-        require_free_bytes(self._artifacts.root, _FLOAT_BYTES * _CHECKPOINT_FILES * size)
+        if manifest.lora is not None:
+            require_peft("create run", "cosilo-server")
+        size, base_bytes = manifest.tensor_table.size, 0 if manifest.lora is None else manifest.lora.base_bytes
+        require_free_bytes(self._artifacts.root, _FLOAT_BYTES * _CHECKPOINT_FILES * size + base_bytes)
+        base = await self._keep_base(manifest)
         with self._artifacts.scratch(".safetensors") as path:
             if manifest.warm_start is None:
                 await self._evaluation.initial_weights(manifest, path)
@@ -120,11 +127,25 @@ class RunRegistry:
         checkpoint = await asyncio.to_thread(aggregation.initial, weights)
         apart = bool(manifest.ema_decay) or manifest.training.control_variates  # the model for people is not what sites fetch
         first = untrained_checkpoint(run, checkpoint, self._artifacts.size(checkpoint.weights), apart, time.time())
-        await asyncio.to_thread(self._store.add_run, run, data, signature, signer, first)
+        await asyncio.to_thread(self._store.add_run, run, data, signature, signer, first, base)
         stored = await asyncio.to_thread(self._store.run, run)
         assert stored is not None  # it was just added
         await self._conductor.adopt(stored)
         log.info("run created", run=run.hex(), name=manifest.name, parameters=size, aggregation=manifest.aggregation)
+
+    async def _keep_base(self, manifest: Manifest) -> bytes:
+        """Stores what a run's adapters stand on, checked, as an artifact; its digest (32 bytes), or none."""
+        terms = manifest.lora
+        if terms is None:
+            return b""
+        with named_weights(self._artifacts, terms.base) as source, self._artifacts.scratch(".safetensors") as path:
+            await self._evaluation.base_weights(manifest, source, path)
+            check_named(terms.base, await asyncio.to_thread(file_digest, path))
+            if (size := path.stat().st_size) != terms.base_bytes:
+                raise CosiloError(
+                    "create run", f"lora.base_bytes is {terms.base_bytes}, the base has {size} bytes", "create it with `cosilo`"
+                )
+            return bytes.fromhex(await asyncio.to_thread(self._artifacts.put_file, path))
 
     def _checkpoint(self, run: bytes, wanted: int | None) -> StoredCheckpoint:
         if wanted is None:

@@ -235,6 +235,15 @@ left_sites = Table(
     PrimaryKeyConstraint("site", "key"),
 )
 
+# What the adapters of a run stand on (a manifest's lora.base): an artifact that stays for as long as the run does.
+bases = Table(
+    "bases",
+    metadata,
+    Column("run", LargeBinary, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
 # The newest certificate that each member was seen with: what expires when, and who still has one of a CA that goes.
 certificates_seen = Table(
     "certificates_seen",
@@ -250,7 +259,7 @@ certificates_seen = Table(
 
 def _from_version_1(db: Connection) -> None:
     certificates_seen.create(db)
-    for table in (grids, wrong_tries, kept_checkpoints, retired_checkpoints, paused_runs, left_sites, spans):
+    for table in (grids, wrong_tries, kept_checkpoints, retired_checkpoints, paused_runs, left_sites, spans, bases):
         table.create(db)
 
 

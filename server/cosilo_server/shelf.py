@@ -88,8 +88,8 @@ class Shelf:
                 db.execute(insert(schema.retired_checkpoints).on_conflict_do_nothing(), rows)
 
     def references(self) -> frozenset[bytes]:
-        """Digests of every artifact that must be there: weights and moving averages on the shelf, the newest optimisers, grids, and
-        every moments round's sum: sites give it once.
+        """Digests of every artifact that must be there: weights and moving averages on the shelf, the newest optimisers, grids, what
+        adapters stand on, and every moments round's sum: sites give it once.
 
         Optimisers go first: the next round needs the newest one, and nobody can ask for an older.
         """
@@ -99,18 +99,21 @@ class Shelf:
             shelved = db.execute(select(c.weights, c.ema).where(_standing())).all()
             optimisers = db.execute(select(c.optimiser).join(newest, (c.run == newest.c.run) & (c.round == newest.c.newest))).scalars()
             grids = db.execute(select(schema.grids.c.digest)).scalars()
+            bases = db.execute(select(schema.bases.c.digest)).scalars()
             moments = _moments(db)
-            return frozenset(d for d in [*(digest for pair in shelved for digest in pair), *optimisers, *grids, *moments] if d)
+            return frozenset(d for d in [*(digest for pair in shelved for digest in pair), *optimisers, *grids, *bases, *moments] if d)
 
     def stored(self) -> Mapping[bytes, float]:
         """Digests of every artifact that was ever stored, the retired too, and when last, UTC seconds."""
-        c, g = schema.checkpoints.c, schema.grids.c
+        c, g, b = schema.checkpoints.c, schema.grids.c, schema.bases.c
         found: dict[bytes, float] = {}
         with reading(self._engine) as db:
             rows = db.execute(select(c.weights, c.ema, c.optimiser, c.created_at)).all()
             grids = db.execute(select(g.digest, g.created_at)).all()
+            bases = db.execute(select(b.digest, b.created_at)).all()
             moments = _moments(db)
-        for *digests, at in [*rows, *grids, (*moments, self._now())]:  # a moments artifact never goes: any time that is past will do
+        lasting = (*moments, self._now())  # a moments artifact never goes: any time that is past will do
+        for *digests, at in [*rows, *grids, *bases, lasting]:
             for digest in digests:
                 found[digest] = max(at, found.get(digest, at))
         return MappingProxyType(found)

@@ -1,29 +1,23 @@
 """Machines for a test: containers whose PID 1 is systemd, on a network of their own, under a Docker engine of the test's own.
 
-Owns the engine, its folder, the network and the containers, and that nothing of them is left. Must not know what is installed on them.
-The engine touches nothing of the host's: its own data and sockets, no iptables chains, no forwarding, so that the machines reach each
-other and the host and nothing else. That is the air-gapped case.
+Owns the network and the containers, and that nothing of them is left. Must not know what is installed on them, nor how the engine runs
+(docker_engine). The engine forwards nothing, so that the machines reach each other and the host and nothing else. That is the air-gapped case.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from ipaddress import IPv4Network, ip_address
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 
 from tests.e2e.checklist import CheckFailed, wait_for
-from tests.federation.processes import Daemon, tail
+from tests.e2e.docker_engine import DockerEngine, let_cross
 
-ENGINE_START_S = 90.0
 MEMORY_BYTES = 8 << 30  # two virtual environments with torch on each of two machines, two wheelhouses, one base image: two thirds of it
 MEMORY_SPARE_BYTES = MEMORY_BYTES + (4 << 30)  # what the daemons and everybody else on the machine need
 COMMAND_S = 600.0  # installing torch on a busy machine
@@ -41,55 +35,27 @@ _CONTAINER_OPTIONS = [
 ]
 
 
-class Engine:
+class Engine(DockerEngine):
     """A Docker engine in a temporary folder. Use as a context: it ends with everything that it ran."""
 
     def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="cosilo-e2e-"))
-        if psutil.virtual_memory().available > MEMORY_SPARE_BYTES:  # a hundred thousand small files come and go faster in memory
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={MEMORY_BYTES},mode=0711", "cosilo-e2e", str(self.root)], check=False)
-        self._socket = self.root / "docker.sock"
-        self._environment = {**os.environ, "DOCKER_HOST": f"unix://{self._socket}"}
-        dockerd = shutil.which("dockerd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-        if dockerd is None:
-            raise CheckFailed("dockerd is not installed: run tests/e2e/prepare systemd")
-        options = {"data-root": "data", "exec-root": "exec", "pidfile": "docker.pid"}
-        command = [dockerd, *(f"--{name}={self.root / path}" for name, path in options.items()), f"--host=unix://{self._socket}"]
-        command += [
-            "--bridge=none",
-            "--iptables=false",
-            "--ip6tables=false",
-            "--ip-forward=false",
-            "--ip-masq=false",
-            "--userland-proxy=false",
-        ]
-        self._daemon = Daemon("dockerd", command, self.root / "dockerd.log", self._environment)
+        spare = psutil.virtual_memory().available > MEMORY_SPARE_BYTES  # a hundred thousand small files come and go faster in memory
+        super().__init__("systemd", {}, "--userland-proxy=false", memory_bytes=MEMORY_BYTES if spare else 0)
         self.subnet = _free_subnet()
         self._bridge = f"e2e-{self.root.name[-8:]}"  # at most 15 characters: the name of a network interface
         self._containers: list[str] = []
         self._ids: list[str] = []
         self._forwarding = False
 
-    def __enter__(self) -> Self:
-        try:
-            self._daemon.start()
-            wait_for(self._answers, "dockerd answers", ENGINE_START_S, lambda: tail(self._daemon.log))
-            bridge = f"com.docker.network.bridge.name={self._bridge}"
-            self.docker("network", "create", f"--subnet={self.subnet}", "-o", bridge, NETWORK)
-            # Another engine on this machine may have made FORWARD drop what crosses a bridge.
-            self._forwarding = _iptables("-I", self._bridge)
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    def begin(self) -> None:
+        bridge = f"com.docker.network.bridge.name={self._bridge}"
+        self.docker("network", "create", f"--subnet={self.subnet}", "-o", bridge, NETWORK)
+        self._forwarding = let_cross("-I", self._bridge)
 
     def docker(self, *arguments: str, stdin: bytes | None = None, timeout_s: float = COMMAND_S) -> str:
         """`docker ...`; returns its standard output. Raises CheckFailed with both outputs where it fails."""
         done = subprocess.run(
-            ["docker", *arguments], env=self._environment, input=stdin or b"", capture_output=True, timeout=timeout_s, check=False
+            ["docker", *arguments], env=self.environment, input=stdin or b"", capture_output=True, timeout=timeout_s, check=False
         )
         if done.returncode:
             said = (done.stdout + done.stderr).decode(errors="replace").rstrip()
@@ -109,36 +75,21 @@ class Engine:
         """Containers, network, engine, mounts, folder: in this order, and each even where the one before failed. Once is enough."""
         if not self.root.exists():
             return
-        self._ids = [text.strip() for name in self._containers if (text := self._quietly("inspect", "-f", "{{.Id}}", name))]
+        self._ids = [text.strip() for name in self._containers if (text := self.quietly("inspect", "-f", "{{.Id}}", name))]
         for name in self._containers:
-            self._quietly("rm", "--force", "--volumes", name)
-        self._quietly("network", "rm", NETWORK)
+            self.quietly("rm", "--force", "--volumes", name)
+        self.quietly("network", "rm", NETWORK)
         if self._forwarding:
-            _iptables("-D", self._bridge)
-        self._daemon.stop()
-        _unmount_below(self.root)
+            let_cross("-D", self._bridge)
+        self.end()
         _remove_cgroups(self._ids)
-        if self.root.is_mount():
-            subprocess.run(["umount", "--lazy", str(self.root)], capture_output=True, check=False)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self.remove_folder()
 
     def leftovers(self) -> list[str]:
         """What `close` should have taken away and did not."""
-        mounts = [mount for mount in _mounts() if mount == str(self.root) or mount.startswith(f"{self.root}/")]
         places = [self.root, Path("/sys/class/net") / self._bridge]
         places += [group for container in self._ids for group in Path("/sys/fs/cgroup").glob(f"*/docker/{container}")]
-        return mounts + [str(place) for place in places if place.exists()]
-
-    def _answers(self) -> bool:
-        if not self._daemon.alive:
-            raise CheckFailed(f"dockerd ended with {self._daemon.exit_code}\n{tail(self._daemon.log)}")
-        return bool(self._quietly("version", "--format", "{{.Server.Version}}"))
-
-    def _quietly(self, *arguments: str) -> str:
-        try:
-            return self.docker(*arguments)
-        except (CheckFailed, subprocess.TimeoutExpired, OSError):
-            return ""
+        return self.mounts_left() + [str(place) for place in places if place.exists()]
 
 
 class Machine:
@@ -215,22 +166,6 @@ def _free_subnet() -> IPv4Network:
         ip_address(bytes.fromhex(line.split()[1])[::-1]) for line in Path("/proc/net/route").read_text(encoding="ascii").splitlines()[1:]
     ]
     return next(subnet for subnet in SUBNETS if not any(route in subnet for route in taken))
-
-
-def _iptables(action: str, bridge: str) -> bool:
-    """Lets packets cross the test's own bridge, or stops letting them; whether that could be said."""
-    program = shutil.which("iptables", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    rule = ["-w", action, "FORWARD", "-i", bridge, "-o", bridge, "-j", "ACCEPT"]
-    return program is not None and subprocess.run([program, *rule], capture_output=True, check=False).returncode == 0
-
-
-def _mounts() -> list[str]:
-    return [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-
-
-def _unmount_below(root: Path) -> None:
-    for mount in sorted((mount for mount in _mounts() if mount.startswith(f"{root}/")), reverse=True):
-        subprocess.run(["umount", "--lazy", mount], capture_output=True, check=False)
 
 
 def _remove_cgroups(containers: Sequence[str]) -> None:

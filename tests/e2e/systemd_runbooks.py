@@ -1,25 +1,24 @@
 """docs/operating's runbooks, typed on a machine word for word, by a person who is not root and has sudo.
 
-Owns how a page's lines are found, who types them, the step that upgrades and goes back, and the step that loses a coordinator and a site and has
+Owns who types a page's lines there, the step that upgrades and goes back, and the step that loses a coordinator and a site and has
 them back.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.e2e.checklist import expect
+from tests.e2e.runbooks_pages import filled
 from tests.e2e.systemd_federation import COMPANIONS, HOSPITAL
 from tests.e2e.systemd_machines import Machine
 
 if TYPE_CHECKING:
     from tests.e2e.systemd import Stage
 
-PAGES = Path(__file__).resolve().parents[2] / "docs" / "operating"
 UPGRADE = "upgrade.md"
 PERSON = "person"
 SITE, COORDINATOR = "cosilo-site", "cosilo-coordinator"
@@ -35,22 +34,6 @@ def give_person(machine: Machine, source: Path, name: str) -> None:
     target = f"/home/{PERSON}/{name}"
     machine.put(source, target)
     machine.shell(f"chown {PERSON}: {target}; chmod 600 {target}")
-
-
-def block(page: str, comment: str) -> str:
-    """The page's one block of shell that begins with that comment, without it. Fails where there is none."""
-    found = re.findall(rf"```sh\n# {re.escape(comment)}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)
-    expect(len(found) == 1, f"{page} has {len(found)} blocks that begin with '# {comment}'")
-    return str(found[0])
-
-
-def filled(page: str, comment: str, named: Mapping[str, str]) -> str:
-    """A block with what stands there as an example replaced by what it is here."""
-    text = block(page, comment)
-    for example, here in named.items():
-        expect(example in text, f"{page}: '{example}' does not stand under '# {comment}'")
-        text = text.replace(example, here)
-    return text
 
 
 def type_admin(stage: Stage, page: str, comment: str, named: Mapping[str, str]) -> str:

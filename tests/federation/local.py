@@ -110,6 +110,10 @@ class LocalFederation:
         """`cosilo init`, with every port left to the system."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.cosilo("init", str(self.folder), "--federation", self.name, "--address", LOOPBACK, "--enrolment-address", LOOPBACK)
+        self.leave_ports_to_the_system()
+
+    def leave_ports_to_the_system(self) -> None:
+        """In coordinator.toml, whoever made it."""
         ports = ("federation", "enrolment", "metrics", *(["page"] if self._page else []))
         self._write_ports(dict.fromkeys(ports, LOOPBACK))
 
@@ -153,6 +157,11 @@ class LocalFederation:
             command = [_script(program), "serve", *config] if who == COORDINATOR else [_script(program), *config, "serve"]
             self._daemons[who] = Daemon(who, command, self.logs / f"{who}.log", self._environment)
         return self._daemons[who]
+
+    def serve_by(self, who: str, line: str, folder: Path) -> None:
+        """Takes a person's own line of shell, typed in a folder, for the command of a daemon that nobody has started."""
+        command = ["/bin/sh", "-c", f'cd "$0" && exec {line}', str(folder)]
+        self._daemons[who] = Daemon(who, command, self.logs / f"{who}.log", {**self._environment, "PATH": _path_with_commands()})
 
     def kill(self, who: str) -> None:
         """SIGKILL, as a power cut would be."""
@@ -319,6 +328,10 @@ class LocalFederation:
         path = self.config(COORDINATOR)
         text = re.sub(r"(?m)^\[listen\]\n(?:(?!\[).*\n?)*", "", path.read_text(encoding="utf-8"))
         path.write_text(text.rstrip("\n") + "\n\n" + to_toml({"listen": dict(listen)}), encoding="utf-8")
+
+
+def _path_with_commands() -> str:
+    return f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
 
 
 def _script(name: str) -> str:

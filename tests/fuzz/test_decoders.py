@@ -54,7 +54,7 @@ from cosilo_common.secagg.messages import (
 from cosilo_common.weights import open_vector, read_header, write_weights
 from cosilo_server.cli.run_file import RunFile
 from cosilo_server.config import CoordinatorConfig
-from cosilo_server.evaluation import _refusal
+from cosilo_server.evaluation import refusal
 from cosilo_server.rounds import machine, record
 from cosilo_server.store import terms_of
 from tests.fuzz.mutation import flips, fuzzed, inputs, some, truncations
@@ -182,7 +182,7 @@ def made(folder: Path) -> dict[str, Decoder]:
         "site.toml": Decoder(from_file(load_site_config, "site.toml"), site_toml),
         "coordinator.toml": Decoder(from_file(CoordinatorConfig.read), coordinator_toml),
         "worker's words": Decoder(
-            lambda data: _refusal("sample", 1, data), json.dumps({"operation": "sample", "subject": "it", "hint": "do"}).encode()
+            lambda data: refusal("sample", 1, data), json.dumps({"operation": "sample", "subject": "it", "hint": "do"}).encode()
         ),
         "run file": Decoder(from_file(RunFile, "run.toml"), run_toml),
     }

@@ -42,6 +42,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         draft = draft.approve(name, Role.SITE, public_bytes(keys[name]))
     signed = sign_members(founded.members, draft, founded.admin.membership.name, founded.admin_key)
     await world.admin.PutMembers(admin_pb2.PutMembersRequest(members=signed.canonical()), timeout=TIMEOUT_S)
+    async with asyncio.timeout(TIMEOUT_S):
+        while entries(world)[-1].what != "members list in force":  # written as it counts, which may be after the answer
+            await asyncio.sleep(0.01)
     yield world
     for channel in world.channels:
         await channel.close()

@@ -217,4 +217,5 @@ def test_the_table_that_is_signed_is_the_models_own() -> None:
     from cosilo_server.cli import torch_work
 
     architecture = PRESETS["digits"].architecture
-    assert torch_work.tensor_table(architecture) == tensor_table(architecture)
+    for _ in range(2):  # worked out, then known
+        assert torch_work.tensor_table(architecture) == tensor_table(architecture)

@@ -38,9 +38,10 @@ BIAS, WEIGHT = slice(0, 4), slice(4, 16)
 class World:
     """One run of three sites in plain sum, whose sites upload what a test says."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: object) -> None:
         self.store = Store(folder / "state.db")
-        self.manifest = manifest_of(SITES, aggregation=PLAIN_AGGREGATION, f=0, encoding={"bits": 24, "clip": CLIP, "cap": CAP})
+        terms = {"aggregation": PLAIN_AGGREGATION, "f": 0, "encoding": {"bits": 24, "clip": CLIP, "cap": CAP}}
+        self.manifest = manifest_of(SITES, **{**terms, **changes})
         self.run = self.manifest.digest()
         self.artifacts = Artifacts(folder / "artifacts")
         self.spool = Spool(folder / "spool")
@@ -49,9 +50,11 @@ class World:
             write_weights(path, table, [np.zeros(table.size, np.float32)])
             weights = self.artifacts.put_file(path)
         aggregation = Aggregation(
-            self.artifacts, table, round_encoding(self.manifest, RoundKind.TRAIN), self.manifest.server_optimiser, 0.0
+            self.artifacts, table, round_encoding(self.manifest, RoundKind.TRAIN), self.manifest.server_optimiser, self.manifest.ema_decay
         )
-        first = untrained_checkpoint(self.run, aggregation.initial(weights), self.artifacts.size(weights), False, 0.0)
+        first = untrained_checkpoint(
+            self.run, aggregation.initial(weights), self.artifacts.size(weights), bool(self.manifest.ema_decay), 0.0
+        )
         self.store.add_run(self.run, self.manifest.canonical(), bytes(64), "ada", first)
         self.conductor = self.new_conductor()
 

@@ -17,7 +17,9 @@ import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cosilo_common.canonical import sha256
-from cosilo_common.diffusion.model import tensor_table
+from cosilo_common.diffusion.adapters import adapter_table
+from cosilo_common.diffusion.lora import Lora, file_bytes
+from cosilo_common.diffusion.model import initial_state, tensor_table
 from cosilo_common.diffusion.specification import Architecture, Sampling, Schedule, Training
 from cosilo_common.encoding import Encoding
 from cosilo_common.identity.keys import make_signing_key, public_bytes
@@ -27,7 +29,8 @@ from cosilo_common.identity.tls import TlsFiles, federation_channel
 from cosilo_common.manifest import Deadlines, EncodingTerms, Manifest, Participant, WarmStartTerms, sign_manifest
 from cosilo_common.rpc.v1 import admin_pb2, admin_pb2_grpc, site_pb2, site_pb2_grpc
 from cosilo_common.secagg.messages import Advert, MessageType, RoundKind, Signed, Upload, sign
-from cosilo_common.weights import open_vector
+from cosilo_common.transfer import file_digest
+from cosilo_common.weights import open_vector, write_weights
 from cosilo_server.config import CoordinatorConfig, Listen, Paths
 from cosilo_server.coordinator import Coordinator
 from tests.identity_parties import FEDERATION, Founded, found
@@ -460,6 +463,7 @@ async def test_a_run_is_refused_unless_an_admin_signed_it_for_members(world: Wor
     )
 
 
+@pytest.mark.usefixtures("worker_process")  # what it answers to both, and its refusals
 async def test_a_run_begins_from_the_weights_that_its_manifest_names(world: World) -> None:
     first = await world.create(world.manifest("cold", training=Training(loss_buckets=2, seed=5)))
     listing = admin_pb2.ListCheckpointsRequest
@@ -476,6 +480,44 @@ async def test_a_run_begins_from_the_weights_that_its_manifest_names(world: Worl
         wrong = world.manifest(f"warm-{named[:2]}", warm_start=WarmStartTerms(sha256=named))
         request = admin_pb2.CreateRunRequest(manifest=wrong.canonical(), signature=sign_manifest(wrong, world.founded.admin_key))
         assert said in await details_of(world.admin.CreateRun(request, timeout=CREATE_S))
+
+
+async def test_what_adapters_stand_on_is_checked_kept_and_fetched_by_the_run_s_sites(world: World, tmp_path: Path) -> None:
+    table, folder = tensor_table(TINY), world.data / "warm"
+    folder.mkdir(exist_ok=True)
+    write_weights(tmp_path / "base", table, (tensor.numpy().ravel() for tensor in initial_state(TINY, 3).values()))
+    base = file_digest(tmp_path / "base")
+    terms = Lora(base=base, base_bytes=file_bytes(table), rank=2, targets=("to_q", "to_v"))
+    manifest = world.manifest(
+        "adapters",
+        lora=terms,
+        tensors=adapter_table(TINY, terms).entries,
+        participants=tuple(p for p in world.manifest("x").participants if p.name != "st-clara"),
+    )
+
+    def create() -> Any:
+        request = admin_pb2.CreateRunRequest(manifest=manifest.canonical(), signature=sign_manifest(manifest, world.founded.admin_key))
+        return world.admin.CreateRun(request, timeout=CREATE_S)
+
+    assert f"no weights with the digest {base}" in await details_of(create())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cosilo_common.diffusion.lora.importlib.util.find_spec", lambda name: None)
+        assert "pip install 'cosilo-server[lora]'" in await details_of(create())
+    (folder / f"{base}.safetensors").write_bytes((tmp_path / "base").read_bytes())
+    run = (await create()).run
+    checkpoint = (await world.admin.ListCheckpoints(admin_pb2.ListCheckpointsRequest(run=run), timeout=TIMEOUT_S)).checkpoints[0]
+    assert checkpoint.bytes == file_bytes(manifest.tensor_table) < terms.base_bytes / 20
+
+    (folder / f"{base}.safetensors").unlink()  # the artifact is what counts from here on, and no collection takes it
+    assert bytes.fromhex(base) in world.coordinator._store.shelf.references()
+    asked = site_pb2.GetArtifactRequest(digest=bytes.fromhex(base))
+    got = [response async for response in world.site("st-anna").GetArtifact(asked, timeout=TIMEOUT_S)]
+    assert got[0].total_bytes == terms.base_bytes
+    assert sha256(b"".join(response.data for response in got)).hex() == base
+    with pytest.raises(grpc.aio.AioRpcError, match="is not the weights of a run of st-clara"):
+        await anext(aiter(world.site("st-clara").GetArtifact(asked, timeout=TIMEOUT_S)))
+    drawn = await world.admin.Sample(admin_pb2.SampleRequest(run=run, newest=True, per_class=1, steps=2), timeout=CREATE_S)
+    assert drawn.round == 0
 
 
 async def test_fewer_sites_than_a_round_needs_wait_and_say_so(world: World) -> None:

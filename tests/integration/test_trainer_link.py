@@ -29,13 +29,15 @@ from cosilo_client.trainer.device import Workplace
 from cosilo_client.trainer.workshop import Workshop
 from cosilo_common.diffusion.model import initial_state, tensor_table
 from cosilo_common.diffusion.presets import PRESETS
+from cosilo_common.diffusion.specification import Architecture
 from cosilo_common.weights import write_weights
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 DIGITS = PRESETS["digits"]
+SMALL = DIGITS.architecture.model_copy(update={"block_out_channels": (8, 16), "norm_num_groups": 4})
 GONE_TIMEOUT_S = 10.0  # a worker exits as its socket closes; the machine may be busy
-LONG = 40  # epochs: the first of ten reports comes within a second, and what it sets off comes long before the end
+LONG = 60  # epochs: the first of ten reports comes within a second, and what it sets off comes long before the end
 ALONE = Workplace(torch.device("cpu"), rank=0, world=1, bf16=False)
 
 
@@ -47,20 +49,20 @@ def ignore(progress: Progress) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("site")
     (path / "mine").write_text("\n".join(map(str, range(100))))
-    state = initial_state(DIGITS.architecture, 0)
-    write_weights(
-        path / "global.safetensors",
-        tensor_table(DIGITS.architecture),
-        [tensor.numpy().ravel() for tensor in state.values()],
-    )
+    make_weights(path / "global.safetensors", SMALL)
     return path
+
+
+def make_weights(path: Path, architecture: Architecture) -> None:
+    state = initial_state(architecture, 0)
+    write_weights(path, tensor_table(architecture), [tensor.numpy().ravel() for tensor in state.values()])
 
 
 def train_job(folder: Path, update: str = "update", **training: Any) -> TrainJob:
     return TrainJob(
         weights=folder / "global.safetensors",
         update=folder / update,
-        architecture=DIGITS.architecture,
+        architecture=SMALL,
         schedule=DIGITS.schedule,
         training=DIGITS.training.model_copy(update={"local_epochs": 1, "batch_size": 30} | training),
         data=DataConfig(kind="digits", index_file=folder / "mine"),
@@ -189,7 +191,9 @@ async def test_out_of_memory_restarts_once_with_half_the_micro_batch(
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (64 << 20)  # the batch below needs several hundred MiB
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
-    job = train_job(folder, "halved", batch_size=1024, max_steps=1).model_copy(update={"data": DataConfig(kind="digits")})
+    make_weights(folder / "large.safetensors", DIGITS.architecture)
+    large = {"weights": folder / "large.safetensors", "architecture": DIGITS.architecture, "data": DataConfig(kind="digits")}
+    job = train_job(folder, "halved", batch_size=1024, max_steps=1).model_copy(update=large)
     with caplog.at_level(logging.WARNING, "cosilo.trainer"):
         result = await link.run(job, ignore)
     assert "out of memory with 1024 images a pass; starting again with 512" in caplog.text

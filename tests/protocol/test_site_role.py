@@ -1,13 +1,9 @@
-"""The site's role over its journal: repeated calls, kills at every durable step, and what is left behind (R4, R5, R7)."""
+"""The site's role over its journal: repeated calls, kills at every durable step, attempts and rounds (R4, R5)."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import stat
 import tempfile
-import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,24 +14,16 @@ import numpy as np
 import pytest
 from sqlalchemy.engine.default import DefaultDialect
 
-from cosilo_client import durable, masking
 from cosilo_client import secagg as role_module
-from cosilo_client.journal import Journal, TrainedUpdate
 from cosilo_client.ledger import Phase, RoundState
 from cosilo_client.secagg import SiteRole
-from cosilo_common import transfer
 from cosilo_common.canonical import sha256
 from cosilo_common.errors import CosiloError
-from cosilo_common.secagg.keys import Secret, pair_seed, self_seed
-from cosilo_common.secagg.masks import CHUNK_WORDS
 from cosilo_common.secagg.messages import RoundKind, Signed
-from cosilo_common.secagg.roster import Roster
 from tests.protocol.parties import (
-    BASE,
     RUN,
     Coordinator,
     Site,
-    close_all,
     federation,
     make_start,
     make_terms,
@@ -43,20 +31,10 @@ from tests.protocol.parties import (
     refused,
     some_update,
 )
+from tests.protocol.site_roles import FOUR, VALUES, A, B, C, D, Killed, masked_ready, sites
 from tests.protocol.test_whole_protocol import FAST_FOLDER, check_opened
 
-VALUES = 50
-FOUR = names(4)
-A, B, C, D = FOUR
-
-
-@pytest.fixture
-def sites(tmp_path: Path) -> Iterator[dict[str, Site]]:
-    terms = make_terms(FOUR, VALUES)
-    made = federation(tmp_path, terms, make_start(terms))
-    yield made
-    for site in made.values():
-        site.close()
+__all__ = ["sites"]  # the fixtures
 
 
 def repeat_after_restart(sites: Mapping[str, Site], call: Callable[[Site], Signed | None]) -> list[Signed]:
@@ -91,10 +69,6 @@ def test_every_call_repeated_after_a_restart_gives_the_same_bytes(sites: dict[st
         site.role.close(RoundState.CLOSED)
         site.role.close(RoundState.CLOSED)
         assert refused(lambda site=site: site.role.advert(1)).rule == "R2"
-
-
-class Killed(BaseException):
-    """The process is gone. Not an Exception: nothing may catch it."""
 
 
 @contextmanager
@@ -179,13 +153,6 @@ def test_killed_before_any_durable_step_the_round_still_opens_exactly() -> None:
                 break
         step += 1
     assert step > 30  # a round takes some 35 durable steps; far fewer would mean that nothing was killed
-
-
-def masked_ready(sites: dict[str, Site], attempt: int = 1) -> None:
-    adverts = [site.role.advert(attempt) for site in sites.values()]
-    shares = [site.role.roster(adverts) for site in sites.values()]
-    for site in sites.values():
-        assert site.role.deliver(shares) is None
 
 
 def test_a_spool_without_its_statement_is_discarded_and_made_again(sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,259 +317,3 @@ def test_two_runs_at_once_do_not_touch_each_other(sites: dict[str, Site]) -> Non
     role.close(RoundState.CLOSED)
     assert site.role.advert(1) == first
     assert second.run == other.run
-
-
-# What is left behind
-
-
-def files_holding(folder: Path, needle: bytes) -> list[str]:
-    """Every file under a folder, the WAL too, in which these bytes stand."""
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and needle in path.read_bytes()]
-
-
-def shares_held(site: Site) -> list[bytes]:
-    entry = site.journal.ledger.round(RUN, 1)
-    assert entry is not None
-    return [share for pair in site.role._held(entry).values() for share in (pair.b, pair.s)]
-
-
-def seeds_of(site: Site, roster: Roster) -> list[bytes]:
-    """Every mask seed of a site, worked out from its keys while they are there."""
-    get = site.journal.vault.get
-    b, s = get(RUN, 1, 1, "self secret"), get(RUN, 1, 1, "mask key")
-    assert b is not None
-    assert s is not None
-    pairs = [
-        pair_seed(roster.ctx, site.name, Secret(s), peer, roster.bodies[peer].mask_key) for peer in roster.members if peer != site.name
-    ]
-    return [seed.reveal() for seed in (self_seed(roster.ctx, site.name, Secret(b)), *pairs)]
-
-
-def test_nothing_secret_is_left_in_any_file(sites: dict[str, Site]) -> None:
-    """R7, R4: searched for in every byte of the folder, WAL included, before, after the upload, after consent, after close."""
-    site = sites[A]
-    masked_ready(sites)
-    start = site.start
-    assert start is not None
-    roster = Roster.open(Coordinator(site.terms, start, sites).round_terms(1), [other.role.advert(1) for other in sites.values()])
-    given = [data for data in site.random.given if len(data) >= 32]
-    assert len(given) > 10  # keys, b, seeds, both key files, and every coefficient's draw
-    shares, seeds = shares_held(site), seeds_of(site, roster)
-    values = some_update(VALUES, 0)[0].tobytes()
-    update = [values[at : at + 16] for at in range(0, len(values) - 16, 16)]
-    words = site.plain_words()[:VALUES].tobytes()
-    masks_key = site.journal.vault.key_path(RUN, role_module.Keeps.MASKS).read_bytes()
-
-    # The search works: the key file and the update are there now; the sealed secrets are nowhere in the clear.
-    assert files_holding(site.folder, masks_key) == [f"rounds/{RUN.hex()}/masks.key"]
-    assert files_holding(site.folder, update[0]) == [f"rounds/{RUN.hex()}/update"]
-    for secret in (*shares, *seeds):
-        assert files_holding(site.folder, secret) == []
-
-    site.role.mask_chunks()
-    assert files_holding(site.folder, masks_key) == []
-    for other in list(sites.values())[1:]:
-        other.role.mask_chunks()
-    consents = [other.role.consent(FOUR) for other in sites.values()]
-    for part in update:
-        assert files_holding(site.folder, part) == []
-    site.role.reveal(consents)
-    close_all(sites)
-
-    assert (site.folder / "state.db-wal").stat().st_size > 0
-    for secret in (*given, *shares, *seeds, *update, words[:16], words[-16:]):
-        assert files_holding(site.folder, secret) == []
-    assert sorted(path.name for path in site.folder.iterdir()) == [
-        "incarnation",
-        "journal.lock",
-        "rounds",
-        "state.db",
-        "state.db-shm",
-        "state.db-wal",
-    ]
-
-
-def test_every_file_is_private(sites: dict[str, Site]) -> None:
-    masked_ready(sites)
-    sites[A].role.mask_chunks()
-    for path in sites[A].folder.rglob("*"):
-        mode = stat.S_IMODE(path.stat().st_mode)
-        assert mode == (0o700 if path.is_dir() else 0o600), path
-
-
-CANARY = sha256(b"canary")
-
-
-class CanaryRandom:
-    """Every secret is the canary."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def token_bytes(self, n: int) -> bytes:
-        self.count += 1
-        if n == 32 and self.count % 2:  # keys differ from one another, and hold the canary's bytes all the same
-            return bytes([self.count & 0xFF]) + CANARY[1:]
-        return (self.count.to_bytes(4, "big") + CANARY * 2)[:n]
-
-
-def test_a_canary_reaches_no_log_exception_or_repr(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    terms = make_terms(names(3), VALUES)
-    start = make_start(terms)
-    sites = federation(tmp_path, terms, start)
-    site = sites[A]
-    random = CanaryRandom()
-    site.journal.close()
-    site.journal = Journal.open(site.folder, site_key=site.key.public_key().public_bytes_raw(), randomness=random)
-    site.role = SiteRole(terms, A, site.key, site.journal, random)
-    said = [repr(site.role.begin(start))]
-    adverts = [other.role.advert(1) for other in sites.values()]
-    shares = [other.role.roster(adverts) for other in sites.values()]
-    site.role.deliver(shares)
-    vault = site.journal.vault
-
-    def failing(call: Callable[[], object]) -> None:
-        with pytest.raises(Exception) as caught:
-            call()
-        error: BaseException | None = caught.value
-        while error is not None:
-            said.append(f"{error!r} {error} {error.__notes__ if hasattr(error, '__notes__') else ''}")
-            error = error.__cause__ or error.__context__
-
-    failing(lambda: vault.put(RUN, 1, 1, "mask key", CANARY))  # the row is there already: an error of SQLite with its values
-    failing(lambda: site.role.roster(adverts[:2]))
-    failing(lambda: site.role.deliver(shares[:2]))
-    failing(lambda: site.role.advert(0))
-    vault.key_path(RUN, role_module.Keeps.MASKS).write_bytes(CANARY)
-    failing(site.role.mask_chunks)  # the wrong key
-    vault.key_path(RUN, role_module.Keeps.MASKS).write_bytes(CANARY[:31])
-    failing(site.role.mask_chunks)  # no key
-    said += [repr(thing) for thing in (site.role, site.journal, vault, site.role._roster(site.role._entry()))]
-    said += [repr(site.role._held(site.role._entry())), caplog.text]
-    text = "\n".join(said)
-    for form in (CANARY[4:12].hex(), repr(CANARY[4:12])[2:-1], str(int.from_bytes(CANARY[4:12], "big"))):
-        assert form not in text
-    for other in sites.values():
-        other.close()
-
-
-# The masked bytes
-
-
-def test_a_masked_upload_of_zeros_looks_random(tmp_path: Path) -> None:
-    """Chi-square of the bytes and serial correlation of the words, of a rehearsal's upload; two attempts share nothing."""
-    terms = make_terms(names(3), CHUNK_WORDS)
-    start = make_start(terms, kind=RoundKind.REHEARSAL)
-    sites = federation(tmp_path, terms, start)
-    uploads = []
-    for attempt in (1, 2):
-        masked_ready(sites, attempt)
-        sites[A].role.mask_chunks()
-        uploads.append(np.frombuffer(sites[A].spool_bytes(attempt), dtype=np.uint8))
-    for data in uploads:
-        counts = np.bincount(data, minlength=256)
-        expected = len(data) / 256
-        chi_square = float(((counts - expected) ** 2 / expected).sum())
-        assert 150 < chi_square < 380  # 255 degrees of freedom: mean 255, sd 22.6; five sd either side
-        words = data.view("<u4").astype(np.float64)
-        assert abs(np.corrcoef(words[:-1], words[1:])[0, 1]) < 5 / np.sqrt(len(words))
-    first, second = (data.view("<u4") for data in uploads)
-    assert (first == second).sum() < 5  # by chance 6e-5 of the words
-    for site in sites.values():
-        site.close()
-
-
-def test_masking_takes_memory_for_chunks_not_for_the_vector(tmp_path: Path) -> None:
-    terms = make_terms(names(3), 16 * CHUNK_WORDS + 17)
-    start = make_start(terms)
-    values = np.zeros(terms.values, dtype=np.float32)
-    sites = federation(tmp_path, terms, start, dict.fromkeys(names(3), (values, 1)))
-    masked_ready(sites)
-    tracemalloc.start()
-    try:
-        sites[A].role.mask_chunks()
-        _, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak_bytes < 24 << 20  # four chunks in work at 3 MiB, and two threads' scratch; the vector alone has 16 MiB
-    for site in sites.values():
-        site.close()
-
-
-@pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("bits", [32, 24])
-@pytest.mark.parametrize("extra", [0, 1, CHUNK_WORDS - 30])
-def test_workers_and_chunk_ends_do_not_change_the_bytes(tmp_path: Path, workers: int, bits: int, extra: int) -> None:
-    """The tail may begin a chunk, end one, or run on into the next."""
-    terms = make_terms(names(3), CHUNK_WORDS + extra, bits=bits)
-    encoding = make_start(terms).encoding
-    path = tmp_path / "values"
-    values = some_update(terms.values, 5)[0]
-    values.tofile(path)
-    vector = masking.Vector(path, 0, 7, (1.0, 2.0))
-    seed = Secret(sha256(b"rounding"))
-    first = masking.write_spool(tmp_path / "one", encoding, (), vector, seed, workers=1)
-    again = masking.write_spool(tmp_path / "more", encoding, (), vector, seed, workers=workers)
-    assert again == first
-    assert (tmp_path / "more").read_bytes() == (tmp_path / "one").read_bytes()
-    assert first.size_bytes == encoding.wire_bytes
-    assert first.digest == sha256((tmp_path / "one").read_bytes())
-
-
-@pytest.mark.parametrize("spoil", ["nan", "short", "weight"])
-def test_an_update_that_cannot_be_masked_leaves_no_spool(sites: dict[str, Site], spoil: str) -> None:
-    """A NaN, a file cut short, a weight above the cap; trained again, the same attempt goes on."""
-    masked_ready(sites)
-    site = sites[A]
-    values, weight = some_update(VALUES, 0)
-    if spoil == "nan":
-        values[-1] = np.nan
-    site.train(values[:-1] if spoil == "short" else values, 65 if spoil == "weight" else weight)
-    with pytest.raises(CosiloError):
-        site.role.mask_chunks()
-    assert not list(site.journal.files(RUN).folder.glob("spool*"))
-    assert site.journal.ledger.model_uploads(BASE) == ()
-    site.train(*some_update(VALUES, 0))
-    site.role.mask_chunks()
-
-
-def test_a_full_disk_is_said_with_the_bytes_needed(sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch) -> None:
-    masked_ready(sites)
-
-    def full(_descriptor: int, _data: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(masking.os, "write", full)
-        with pytest.raises(CosiloError, match="No space left on device; 476 bytes are needed"):
-            sites[A].role.mask_chunks()
-    assert not list(sites[A].journal.files(RUN).folder.glob("spool*"))
-
-
-def test_a_trained_update_is_found_again(sites: dict[str, Site]) -> None:
-    site = sites[A]
-    facts = json.loads(site.journal.files(RUN).facts.read_text())
-    assert facts["round"] == 1
-    site.restart()
-    assert site.journal.trained_update(RUN, 1) == TrainedUpdate(1, 16, some_update(VALUES, 0)[1], (1.0, 2.0))
-    assert site.journal.trained_update(RUN, 2) is None
-
-
-def test_a_half_written_update_is_thrown_away_at_the_next_start(sites: dict[str, Site]) -> None:
-    site = sites[A]
-    site.begin(make_start(site.terms, 2))
-    site.journal.files(RUN).update.write_bytes(b"half")
-    site.restart()
-    assert not site.journal.files(RUN).update.exists()
-
-
-def test_durable_files_are_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    durable.write_durably(path, b"one")
-    durable.write_durably(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert transfer.partials(path) == [] or list(tmp_path.iterdir()) == [path]
-    durable.shred(path)
-    durable.shred(path)
-    assert list(tmp_path.iterdir()) == []

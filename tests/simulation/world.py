@@ -1,7 +1,8 @@
 """One simulation, whole: a federation on one event loop, what befalls it, and what must be so when the weather is fair again.
 
-Owns the order of a simulation (chapters of faults and of peace), the supervisors that start killed processes again, and the checks that
-need peace: every phase has an exit, everything ordered gets done, nothing is left on any disk. Must not know the rules on messages.
+Owns the order of a simulation (chapters of faults and of peace) and the supervisors that start killed processes again. What befalls it is
+faults.py, what peace must bring peace.py: every phase has an exit, everything ordered gets done, nothing is left on any disk. Must not know the
+rules on messages.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ import structlog
 from sqlalchemy.exc import OperationalError
 
 import cosilo_common.transfer
-from cosilo_client.ledger import RoundState
-from cosilo_common.errors import CosiloError
 from cosilo_common.secagg.messages import RoundKind, Signed
 from tests.simulation import site as site_module
 from tests.simulation import sums as sums_module
 from tests.simulation.clock import SimulatedLoop, Stalled
 from tests.simulation.coordinator import CoordinatorParty
 from tests.simulation.disk import discard_folder, simulated_disks
+from tests.simulation.faults import LOOK_S, Faults
 from tests.simulation.liar import BadPeers, Liar
 from tests.simulation.network import Network, Weather
+from tests.simulation.peace import PeaceChecks
 from tests.simulation.process import CURRENT, Process
-from tests.simulation.scenario import Scenario, kinds
+from tests.simulation.scenario import Scenario
 from tests.simulation.site import SiteParty
 from tests.simulation.sums import Sums
 from tests.simulation.trainer import Temper
@@ -47,9 +48,7 @@ from tests.simulation.wire import hand_in
 CHAOS_S_MAX = 900.0  # a chapter of faults ends after this at the latest
 PEACE_S_MAX = 1500.0  # BACKOFF_MAX_S, then each round left, with a site or two that must first be heard of by keepalive
 SETTLE_S = 70.0  # after the last round: sites hear of its end, and clean up
-LOOK_S = 2.0
 DOWNTIME_S = (0.1, 20.0)
-AWAY_S = 300.0
 UNEXPECTED = ("failed unexpectedly", "conductor task failed", "session failed unexpectedly")
 UNEXPECTED_TRACES = ("run does not move",)  # an error in words is for the disk to cause
 
@@ -70,7 +69,7 @@ class Report:
     violation: Violation | None = None
 
 
-class World:
+class World(Faults, PeaceChecks):
     """The federation of one scenario."""
 
     def __init__(self, scenario: Scenario, root: Path, tell: Callable[[str], None] | None = None) -> None:
@@ -239,253 +238,6 @@ class World:
             self.faults["starts failed by a full disk"] += 1
         elif process.crashed is not None:
             self.watch.fail("crashed", "".join(traceback.format_exception(process.crashed))[-1500:])
-
-    # Faults: each says whether it struck
-
-    async def _site_killed(self) -> bool:
-        return self._kill(self._any_site(), powerless=False)
-
-    async def _site_powered_off(self) -> bool:
-        return self._kill(self._any_site(), powerless=True)
-
-    async def _coordinator_killed(self) -> bool:
-        return self._kill(self.coordinator, powerless=False)
-
-    async def _coordinator_powered_off(self) -> bool:
-        return self._kill(self.coordinator, powerless=True)
-
-    async def _both_killed(self) -> bool:
-        return self._kill(self._any_site(), powerless=self.random.random() < 0.5) and self._kill(self.coordinator, powerless=False)
-
-    async def _site_stopped(self) -> bool:
-        party = self._any_site()
-        if party.process is None or not party.process.alive:
-            return False
-        await party.stop()
-        return True
-
-    async def _coordinator_stopped(self) -> bool:
-        if not self.coordinator.up or self.coordinator.conductor is None:
-            return False
-        await self.coordinator.stop()
-        return True
-
-    async def _site_away(self) -> bool:
-        party = self._any_site()
-        self.away.add(party.name)
-        self.loop.call_later(AWAY_S * self.random.random(), self.away.discard, party.name)
-        return self._kill(party, powerless=False)
-
-    async def _link_down(self) -> bool:
-        self._cut_off(self._any_site().name)
-        return True
-
-    async def _links_down(self) -> bool:
-        for name in self.sites:
-            if self.random.random() < 0.7:
-                self._cut_off(name)
-        return True
-
-    async def _link_slow(self) -> bool:
-        link = self.network.link(self._any_site().name)
-        link.slow_s = 3.0 * self.random.random()
-        self.loop.call_later(60 * self.random.random(), setattr, link, "slow_s", 0.0)
-        return True
-
-    async def _connection_cut(self) -> bool:
-        return self.network.cut_any(self._any_site().name)
-
-    async def _site_unwilling(self) -> bool:
-        party = self._any_site()
-        party.policy = party.policy.model_copy(update={"hours": ()})
-        return False
-
-    async def _sites_disk_full(self) -> bool:
-        return self._fill(self._any_site())
-
-    async def _coordinators_disk_full(self) -> bool:
-        return self._fill(self.coordinator)
-
-    async def _cached_weights_rotten(self) -> bool:
-        folder = self._any_site().root / "artifacts"
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        if not files:
-            return False
-        file = self.random.choice(files)
-        data = bytearray(file.read_bytes())
-        if not data:
-            return False
-        data[self.random.randrange(len(data))] ^= 1 + self.random.randrange(255)
-        file.write_bytes(data)
-        return True
-
-    async def _rounds_ordered(self) -> bool:
-        manifest = self.random.choice(self.scenario.manifests)
-        await self._order(manifest.digest(), kinds(self.random), self.random.randint(1, 2))
-        return True
-
-    async def _run_stopped(self) -> bool:
-        """An admin stops a run, and orders more of it later."""
-        conductor, process = self.coordinator.conductor, self.coordinator.process
-        if not self.coordinator.up or conductor is None or process is None:
-            return False
-        run = self.random.choice(self.scenario.manifests).digest()
-        await self._asked(process, conductor.stop_run(run, self.random.random() < 0.6))
-        return True
-
-    async def _model_permitted(self) -> bool:
-        self._person_permits()
-        return True
-
-    def _kill(self, party: CoordinatorParty | SiteParty, powerless: bool) -> bool:
-        """Now, or at one of its next writes or sends."""
-        process = party.process
-        if process is None or not process.alive:
-            return False
-        if powerless:
-            self._silent.add(process)
-        if self.random.random() < 0.15:
-            process.die()
-        else:
-            process.dies_soon(1 + int(80 * self.random.random() ** 2))
-        return True
-
-    def _cut_off(self, name: str) -> None:
-        self.network.link_down(name)
-        duration_s = self.random.choice((2.0, 15.0, 60.0, 150.0)) * self.random.random()
-        self.loop.call_later(duration_s, self.network.link_up, name)
-
-    def _fill(self, party: CoordinatorParty | SiteParty) -> bool:
-        if party.disk.full:
-            return False
-        party.disk.full = True
-        self.loop.call_later(25 * self.random.random(), setattr, party.disk, "full", False)
-        return True
-
-    def _any_site(self) -> SiteParty:
-        return self.random.choice(list(self.sites.values()))
-
-    # People
-
-    async def _order(self, run: bytes, kind: RoundKind, rounds: int) -> None:
-        """An admin orders rounds, and tries again until the coordinator says that it has them."""
-        while True:
-            conductor, process = self.coordinator.conductor, self.coordinator.process
-            if self.coordinator.up and conductor is not None and process is not None and process.alive:
-                if await self._asked(process, conductor.order(run, kind, rounds)):
-                    return
-            await asyncio.sleep(LOOK_S)
-
-    async def _asked(self, process: Process, question: Any) -> bool:
-        """One call of an admin's, which may lose its connection while it is served; whether it was answered."""
-        call = process.start(question, name="admin")
-        if self.random.random() < 0.3 and not self.calm:
-            self.loop.call_later(self.random.random() * 0.02, call.cancel)
-        await asyncio.wait({call})
-        if call.cancelled() or not process.alive:
-            return False
-        error = call.exception()
-        if isinstance(error, CosiloError):
-            self.trace(f"refused to an admin: {error}")
-        elif isinstance(error, OperationalError) and process.disk.full:
-            self.faults["calls failed by a full disk"] += 1
-        elif error is not None:
-            self.watch.fail("handler", f"an admin's call raised {error!r}")
-        return error is None
-
-    def _person_permits(self) -> None:
-        """At each site where R8 stands against the newest base model, a person looks at it and says yes."""
-        store = self.coordinator.store
-        if store is None:
-            return
-        for party in self.sites.values():
-            for manifest in party.manifests:
-                newest = store.newest_checkpoint(manifest.digest())
-                if newest is not None:
-                    party.permit(newest.weights)
-
-    # What peace must bring
-
-    def _left_to_do(self) -> dict[str, int]:
-        store = self.coordinator.store
-        if store is None or not self.coordinator.up:
-            return {"coordinator": 1}
-        left = {}
-        for manifest in self.scenario.manifests:
-            order = store.open_order(manifest.digest())
-            state = self.coordinator.conductor.round(manifest.digest()) if self.coordinator.conductor else None
-            if order is not None or (state is not None and not state.ended):
-                left[manifest.name] = order.wanted - order.closed if order is not None else 1
-        return left
-
-    def _notes(self) -> str:
-        conductor = self.coordinator.conductor
-        if conductor is None:
-            return "the coordinator is down"
-        return "; ".join(conductor.note(m.digest()) or "no note" for m in self.scenario.manifests)
-
-    def _check_nothing_left(self) -> None:
-        """No spool, no secret, no unmasked update, no message outlives its round; no descriptor its use (R7)."""
-        self._check_coordinator()
-        for party in self.sites.values():
-            journal = party.journal
-            if journal is None or party.process is None:
-                self.watch.fail("progress", f"{party.name} is down in peace")
-                continue
-            open_rounds = {entry.run for entry in journal.ledger.open_rounds()}
-            for manifest in party.manifests:
-                last = journal.ledger.last_round(manifest.digest())
-                real = last is not None and last.round <= self._newest(manifest.digest())  # above it stands only a liar's round
-                if last is not None and real and last.state is RoundState.OPEN:
-                    self.watch.fail("R7", f"{party.name} still holds round {last.round} open")
-            left = [path.name for path in (party.root / "rounds").iterdir() if bytes.fromhex(path.name) not in open_rounds]
-            if left:
-                self.watch.fail("R7", f"{party.name} keeps files of rounds that are over: {left}")
-            with journal._engine.connect() as connection:
-                runs = connection.exec_driver_sql("SELECT run FROM sealed_secrets").scalars().all()
-            sealed = sum(bytes(run) not in open_rounds for run in runs)  # an open round that is left is a liar's: see above
-            if sealed:
-                self.watch.fail("R7", f"{party.name} keeps {sealed} sealed secrets of rounds that are over")
-            self._check_descriptors(party.process, allowed=("journal.lock",))
-
-    def _newest(self, run: bytes) -> int:
-        state = self.coordinator.conductor.round(run) if self.coordinator.conductor else None
-        return state.number if state else 0
-
-    def _check_coordinator(self) -> None:
-        party = self.coordinator
-        assert party.store is not None
-        assert party.process is not None
-        spools = [str(path.relative_to(party.root)) for path in party.root.glob("spool/*/*")]
-        if spools:
-            self.watch.fail("leak", f"the coordinator keeps spools of rounds that are over: {spools[:3]}")
-        with party.store.engine.connect() as connection:
-            messages = connection.exec_driver_sql("SELECT count(*) FROM messages").scalar_one()
-        if messages:
-            self.watch.fail("leak", f"the store keeps {messages} messages of rounds that are over")
-        if list((party.root / "artifacts" / "scratch").iterdir()):
-            self.watch.fail("leak", "scratch files are left among the artifacts")
-        self._check_descriptors(party.process, allowed=())
-        self._check_checkpoints()
-
-    def _check_checkpoints(self) -> None:
-        """Every closed training round made one checkpoint, and nothing else did."""
-        store = self.coordinator.store
-        assert store is not None
-        for manifest in self.scenario.manifests:
-            run = manifest.digest()
-            closed = [r.state for r in store.rounds(run) if r.state.phase == "closed" and r.state.kind is RoundKind.TRAIN]
-            made = store.checkpoints(run)
-            if [c.round for c in made] != [0, *(state.number for state in closed)]:
-                self.watch.fail("counted", f"checkpoints of rounds {[c.round for c in made]}, closed {[s.number for s in closed]}")
-            for state, base, checkpoint in zip(closed, made, made[1:], strict=False):
-                if (state.base_digest, state.checkpoint) != (base.weights, checkpoint.weights):
-                    self.watch.fail("counted", f"round {state.number} did not step from the checkpoint before it")
-
-    def _check_descriptors(self, process: Process, allowed: tuple[str, ...]) -> None:
-        left = [name for name in process.files.values() if not name.endswith(allowed or ("/nothing",))]
-        if left:
-            self.watch.fail("leak", f"{process.name} has {len(left)} files open in peace: {left[:3]}")
 
     # What the watch asks
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from cosilo_client.data import load_images, open_source
@@ -120,6 +121,25 @@ def test_the_federated_fid_is_the_pooled_one(federation: LocalFederation, measur
     folder = tmp_path / "exported"
     federation.cosilo("checkpoint", "export", run, "--to", str(folder), "--scores", str(out))
     assert f"{told['fid']:.4g}" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_ones_own_gives_every_score(federation: LocalFederation, measured: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """The pooled images in a folder: the FID is that against the sum of moments, and the rest comes with it."""
+    run, _ = measured
+    images, architecture = pooled_pixels(federation), recipe_of(SEED).architecture
+    labels = np.concatenate([load_images(open_source(data), architecture).labels for data in site_data(federation).values()])
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (tmp_path / "real" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(tmp_path / "real" / str(label) / f"{number}.png")
+    out = tmp_path / "scores.json"
+    asked = ("--samples", str(SAMPLES), "--steps", str(STEPS), "--seed", "5", "--extractor", NETWORK, "--out", str(out))
+    summed = federation.cosilo_json("score", run, *asked)
+    told = federation.cosilo_json("score", run, *asked, "--against", str(tmp_path / "real"))
+    assert told["fid"] == pytest.approx(summed["fid"], rel=1e-3) and told["real_images"] == len(images)
+    assert {"kid", "kid_deviation", "precision", "recall", "inception_score"} <= told.keys()
+    assert [row["label"] for row in told["by_class"]] == list(range(10))
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["summary"].values()
+    assert row == {"images": SAMPLES, **{name: told[name] for name in ("fid", "kid", "precision", "recall", "inception_score")}}
 
 
 def test_the_same_sum_may_be_had_again_and_another_may_not(federation: LocalFederation, measured: tuple[str, dict[str, Any]]) -> None:

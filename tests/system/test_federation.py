@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -23,41 +21,36 @@ from tests.system.reference import ROUNDS, check_against_the_loop, plan, site_da
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_a_trainer_does")]
 
 TAIL_WORDS = 1 + 5 + 1 + 1 + 64  # PROTOCOL.md, Encoding: weight, 4 buckets and the training loss, clip ratio, one, zeros
-LATE_S = 30.0  # a warm trainer's tenth takes half a second; a cold start on a machine that others share has taken 17
 BATCH = 32
-QUICK_STEPS = 4  # a tenth of a second
+STEPS = 4  # a tenth of a second
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
-    """Four sites that are members and connected, their trainers warm: a cold start is not what these tests time."""
+    """Four sites that are members and connected."""
     root = tmp_path_factory.mktemp("federation")
     policy = {"allow_insecure_plain_sum": True, "cohort_min": 1}
     with LocalFederation(root, digits_sites(root, 4, alpha=0.5, least=200, seed=1, policy=policy)) as federation:
         federation.start()
-        run = create(federation, "warm-up", QUICK_STEPS)
-        federation.run_rounds(run, 1, "--statistics")
         yield federation
 
 
-def create(federation: LocalFederation, name: str, steps: int, **more: Any) -> str:
-    """A run of a tiny UNet, accepted by all; each with a seed of its own, for no site trains one model again and again (R8)."""
+@pytest.fixture(scope="module")
+def run(federation: LocalFederation) -> str:
+    """A run of a tiny UNet, accepted by all. The tests that share it add rounds to it, in this file's order or each alone."""
     run = federation.create_run(
         {
-            "name": name,
+            "name": "numbers",
             "preset": "digits",
             "architecture": {"block_out_channels": [8, 16], "norm_num_groups": 4},
-            "training": {"local_epochs": 100, "batch_size": BATCH, "max_steps": steps, "seed": zlib.crc32(name.encode())},
-            "deadlines": {"training_s": LATE_S},
-            **more,
+            "training": {"local_epochs": 100, "batch_size": BATCH, "max_steps": STEPS},
         }
     )
     federation.accept_all(run)
     return run
 
 
-def test_rounds_close_and_their_numbers_are_right(federation: LocalFederation) -> None:
-    run = create(federation, "numbers", QUICK_STEPS)
+def test_rounds_close_and_their_numbers_are_right(federation: LocalFederation, run: str) -> None:
     federation.run_rounds(run, 2)
     rounds = federation.run_rounds(run, 1, "--statistics")
     assert [(r["round"], r["kind"], r["phase"]) for r in rounds] == [
@@ -84,21 +77,19 @@ def test_rounds_close_and_their_numbers_are_right(federation: LocalFederation) -
     assert summary["checkpoint"] == checkpoints[-1]["weights"]
 
 
-def test_a_rehearsal_moves_the_bytes_and_nothing_else(federation: LocalFederation) -> None:
-    run = create(federation, "drill", QUICK_STEPS)
-    trained = images_trained(federation)
-    (rehearsal,) = federation.run_rounds(run, 1, "--rehearsal")
+def test_a_rehearsal_moves_the_bytes_and_nothing_else(federation: LocalFederation, run: str) -> None:
+    trained, checkpoints = images_trained(federation), federation.checkpoints(run)
+    rehearsal = federation.run_rounds(run, 1, "--rehearsal")[-1]
     assert (rehearsal["kind"], rehearsal["phase"], len(rehearsal["survivors"])) == ("rehearsal", "closed", 4)
-    (checkpoint,) = federation.checkpoints(run)
-    assert rehearsal["base"] == checkpoint["weights"]
-    assert rehearsal["bytes_down"] == 4 * checkpoint["bytes"]
+    assert federation.checkpoints(run) == checkpoints
+    assert rehearsal["base"] == checkpoints[-1]["weights"]
+    assert rehearsal["bytes_down"] == 4 * checkpoints[-1]["bytes"]
     assert images_trained(federation) == trained
 
 
-def test_both_daemons_publish_their_metrics(federation: LocalFederation) -> None:
-    run = create(federation, "metrics", QUICK_STEPS)
+def test_both_daemons_publish_their_metrics(federation: LocalFederation, run: str) -> None:
     closed = federation.metric(COORDINATOR, "cosilo_rounds_total", outcome="closed")
-    (entry,) = federation.run_rounds(run, 1)
+    entry = federation.run_rounds(run, 1)[-1]
     assert federation.metric(COORDINATOR, "cosilo_rounds_total", outcome="closed") == closed + 1
     assert federation.metric(COORDINATOR, "cosilo_sites_connected") == 4
     assert federation.metric(COORDINATOR, "cosilo_global_loss", run=run[:12]) == entry["losses"]["heldout"]
@@ -107,7 +98,7 @@ def test_both_daemons_publish_their_metrics(federation: LocalFederation) -> None
         assert federation.metric(COORDINATOR, "cosilo_transfer_bytes_total", direction="up", site=site) > 0
         assert federation.metric(site, "cosilo_connected") == 1
         assert federation.metric(site, "cosilo_training_loss") > 0
-        assert federation.metric(site, "cosilo_images_total") >= QUICK_STEPS * BATCH
+        assert federation.metric(site, "cosilo_images_total") >= STEPS * BATCH
     by_site = {name for name, labels, _ in federation.metrics(COORDINATOR) if "site" in labels}
     assert by_site <= {
         "cosilo_site_last_seen_timestamp_seconds",
@@ -116,8 +107,7 @@ def test_both_daemons_publish_their_metrics(federation: LocalFederation) -> None
     }, "the coordinator may know a site's bytes and presence, and nothing else of it"
 
 
-def test_what_was_trained_is_drawn_and_exported(federation: LocalFederation, tmp_path: Path) -> None:
-    run = create(federation, "results", QUICK_STEPS)
+def test_what_was_trained_is_drawn_and_exported(federation: LocalFederation, run: str, tmp_path: Path) -> None:
     federation.run_rounds(run, 1)
     grid = tmp_path / "grid.png"
     federation.cosilo("sample", run, "--out", str(grid), "--per-class", "2", "--steps", "2")

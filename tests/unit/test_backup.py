@@ -15,7 +15,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import load_identity
 from cosilo_server import backup as module
 from cosilo_server.artifacts import Artifacts
-from cosilo_server.backup import LISTING_FILE, UNFINISHED_FILE, back_up, check_restored, read_backup, restore
+from cosilo_server.backup import LISTING_FILE, UNFINISHED_FILE, back_up, check_restored, data_folder_after, read_backup, restore
 from cosilo_server.store import Store
 from tests.identity_parties import FEDERATION, found
 from tests.unit.test_retention import RUN, Folder
@@ -140,6 +140,19 @@ def test_a_restore_goes_into_an_empty_folder_only(place: Place, tmp_path: Path) 
     with pytest.raises(CosiloError, match=r"tls\.crt is there and is another"):
         restore(tmp_path / "backup", place.config)
     assert list(place.data.iterdir()) == []
+
+
+def test_a_restore_where_no_configuration_may_be_written_says_to_install_it_first(place: Place, tmp_path: Path) -> None:
+    back_up(place.config, tmp_path / "backup")
+    closed = tmp_path / "closed"
+    closed.write_bytes(b"no folder, so that nobody writes into it, root included")
+    asked = (
+        rf"there is no {closed}/coordinator\.toml: install it first .*`install -m 644 {tmp_path}/backup/coordinator\.toml {closed}/coord"
+    )
+    with pytest.raises(CosiloError, match=asked):
+        data_folder_after(tmp_path / "backup", closed / "coordinator.toml")
+    with pytest.raises(CosiloError, match=asked):
+        restore(tmp_path / "backup", closed / "coordinator.toml")
 
 
 @pytest.mark.parametrize("step", range(0, 16, 3))

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 import cosilo_server.cli
+from cosilo_common.diffusion.lora import Lora, file_bytes
 from cosilo_common.diffusion.presets import PRESETS
 from cosilo_common.errors import CosiloError
-from cosilo_common.manifest import parse_manifest
+from cosilo_common.manifest import CorrectionTerms, parse_manifest
 from cosilo_common.weights import TensorTable
 from cosilo_server.cli.run_file import RunFile
 
 SITES = {name: bytes([place]) * 32 for place, name in enumerate(["north", "east", "south", "west"], start=1)}
 TABLE = TensorTable((("weight", (3, 2)),))
+ADAPTERS = TensorTable((("to_q.lora_A.weight", (8, 2)), ("to_q.lora_B.weight", (3, 8))))
 Read = Callable[[str], RunFile]
 NONCE = bytes(range(16))
 BASIC = 'name = "digits-1"\npreset = "digits"\n'
@@ -134,15 +136,44 @@ def test_a_federation_without_sites_cannot_train(read: Read) -> None:
         read(BASIC).manifest("north-star", {}, TABLE, NONCE)
 
 
+def test_a_run_of_adapters_has_the_base_s_length_and_the_adapters_tensors(read: Read) -> None:
+    text = BASIC + f'[lora]\nbase = "{"ab" * 32}"\nrank = 4\n'
+    asked: list[Lora] = []
+
+    def adapters(lora: Lora) -> TensorTable:
+        asked.append(lora)
+        return ADAPTERS
+
+    manifest = read(text).manifest("north-star", SITES, TABLE, NONCE, adapters)
+    assert asked == [manifest.lora] == [Lora(base="ab" * 32, base_bytes=8 + 64 + 24, rank=4)]
+    assert manifest.shared_table == ADAPTERS
+    with pytest.raises(CosiloError, match=r"unknown key lora\.base_bytes"):
+        read(text + "base_bytes = 8\n")
+    with pytest.raises(CosiloError, match=r"lora\.rank: Input should be greater than or equal to 1"):
+        read(text.replace("rank = 4", "rank = 0")).manifest("north-star", SITES, TABLE, NONCE, adapters)
+    with pytest.raises(CosiloError, match=r"tensor weight is no adapter's"):
+        read(text).manifest("north-star", SITES, TABLE, NONCE, lambda lora: TABLE)
+
+
 def test_the_example_shows_the_defaults(tmp_path: Path) -> None:
     example = Path(cosilo_server.cli.__file__).parent / "run.example.toml"
     plain = RunFile(example).manifest("north-star", SITES, TABLE, NONCE)
     assert plain.architecture == PRESETS["digits"].architecture
     shown = [line.removeprefix("# ") for line in example.read_text().splitlines()]
+    at = shown.index(next(line for line in shown if line.startswith("[correction]")))
+    end = next(k for k in range(at, len(shown)) if not shown[k].strip())
+    corrected = tmp_path / "corrected.toml"  # by itself: no run has it and [lora]
+    corrected.write_text(example.read_text() + "\n".join(shown[at:end]))
+    shown[at:end] = []
+    alone = RunFile(corrected).manifest("north-star", SITES, TABLE, NONCE)
+    assert alone.correction == CorrectionTerms() and alone.model_copy(update={"correction": None}) == plain
     uncommented = tmp_path / "all.toml"
     uncommented.write_text("\n".join(line for line in shown if re.match(r"\[\w+\]|\w+ = ", line)))
-    everything = RunFile(uncommented).manifest("north-star", SITES, TABLE, NONCE)
+    everything = RunFile(uncommented).manifest("north-star", SITES, TABLE, NONCE, lambda lora: ADAPTERS)
     overrides = {section: getattr(plain, section) for section in ("architecture", "training", "sampling")}
     assert everything.evaluation is not None and everything.warm_start is not None  # shown filled in: no network is the default
-    assert everything.model_copy(update={**overrides, "evaluation": None, "warm_start": None}) == plain
+    assert everything.lora is not None and everything.tensor_table == ADAPTERS
+    assert everything.lora == Lora(base="0" * 64, base_bytes=file_bytes(TABLE))
+    tables = {"evaluation": None, "warm_start": None, "lora": None, "tensors": plain.tensors}
+    assert everything.model_copy(update={**overrides, **tables}) == plain
     assert b"warm_start" not in plain.canonical()

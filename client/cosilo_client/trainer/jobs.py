@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from cosilo_client.data.config import DataConfig
+from cosilo_common.diffusion.lora import LoraBase
 from cosilo_common.diffusion.specification import (
     BATCH_MAX,
     BUCKETS_MAX,
@@ -52,8 +53,9 @@ class _Measures(Plain):
 
 
 class _Job(_Measures):
-    weights: Path
+    weights: Path  # of the model, or, over a base, of its adapters
     schedule: Schedule
+    lora: LoraBase | None = None
     personal: Path | None = None
 
 

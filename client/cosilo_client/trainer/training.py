@@ -85,7 +85,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     noiser = noise_schedule(schedule)
     weights = loss_weights(noiser, training)
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]  # all, but for those under adapters
     anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
     teacher = _Teacher.of(module, schedule, training)
     optimiser = build_optimiser(parameters, training)

@@ -20,6 +20,8 @@ from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Job, MomentsJob
 from cosilo_client.trainer.measuring import measure
 from cosilo_client.trainer.training import DeviceImages, Trained, train
 from cosilo_client.trainer.update import write_update
+from cosilo_common.diffusion.adapters import adapted_unet, adapter_table
+from cosilo_common.diffusion.lora import LoraBase
 from cosilo_common.diffusion.model import build_unet, load_vector, ordered_parameters, tensor_table, vector_blocks
 from cosilo_common.diffusion.objective import heldout_count, heldout_losses, noise_schedule
 from cosilo_common.diffusion.parts import Split, split_of
@@ -34,7 +36,7 @@ class Workshop:
 
     def __init__(self, place: Workplace) -> None:
         self._place = place
-        self._model: tuple[Architecture, torch.nn.Module, torch.nn.Module] | None = None
+        self._model: tuple[tuple[Architecture, LoraBase | None], torch.nn.Module, torch.nn.Module] | None = None
         self._images: tuple[tuple[object, ...], DeviceImages] | None = None
 
     def perform(self, job: Job, report: Callable[[Progress], None]) -> Result:
@@ -50,10 +52,10 @@ class Workshop:
         data = self._load_images(job)
         if isinstance(job, MomentsJob):
             return measure(data, job, report) if place.rank == 0 else _nothing_measured(place.device)
-        split = split_of(tensor_table(job.architecture), job.architecture, job.training.personal, job.training.control_variates)
+        split = _split(job)
         fetched = open_vector(job.weights, split.base_table)
         base, kept = fetched[: split.table.size], _kept(split, job.personal)
-        unet, module = self._load_model(job.architecture)
+        unet, module = self._load_model(job.architecture, job.lora)
         load_vector(unet, _with_personal(base, split, kept))
         losses = self._measure(unet, data, job)
         trained = Trained(0.0, 0, 0, 0.0)
@@ -65,7 +67,7 @@ class Workshop:
                 if split.kept_table is not None and job.keep_personal is not None:
                     stays = () if split.personal_table is None else _part(unet, split.personal_table)
                     write_weights(job.keep_personal, split.kept_table, chain(stays, control.own_next() if control else ()))
-                shared = base if not split.personal else np.concatenate([base[run] for run in split.shared_runs])
+                shared = base if not split.unsummed else np.concatenate([base[run] for run in split.shared_runs])
                 moved = _part(unet, split.shared_table)
                 if control is None:
                     write_update(job.update, moved, shared)
@@ -108,15 +110,16 @@ class Workshop:
             )
         return losses
 
-    def _load_model(self, architecture: Architecture) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """The UNet, and what training calls: the same, or its DDP wrapper."""
-        if self._model is None or self._model[0] != architecture:
+    def _load_model(self, architecture: Architecture, lora: LoraBase | None) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The UNet, with adapters over its base where the run has them, and what training calls: the same, or its DDP wrapper."""
+        if self._model is None or self._model[0] != (architecture, lora):
             self._model = None  # frees the old model before the new one is built
-            unet = build_unet(architecture).to(self._place.device, memory_format=self._place.memory_format())
+            unet = build_unet(architecture) if lora is None else adapted_unet(architecture, lora)
+            unet = unet.to(self._place.device, memory_format=self._place.memory_format())
             devices = [self._place.device.index] if self._place.cuda else None
             # Every rank loads the same weights itself before each round.
             module = DistributedDataParallel(unet, device_ids=devices) if self._place.world > 1 else unet
-            self._model = (architecture, unet, module)
+            self._model = ((architecture, lora), unet, module)
         return self._model[1], self._model[2]
 
     def _load_images(self, job: Job) -> DeviceImages:
@@ -160,6 +163,13 @@ def _nothing_measured(device: torch.device) -> Result:
         device=str(device),
         skipped=0,
     )
+
+
+def _split(job: TrainJob | EvaluateJob) -> Split:
+    """What of the job's weights is summed, and what is not."""
+    terms = None if job.lora is None else job.lora.terms
+    table = tensor_table(job.architecture) if terms is None else adapter_table(job.architecture, terms)
+    return split_of(table, job.architecture, job.training.personal, job.training.control_variates, terms)
 
 
 def _kept(split: Split, path: Path | None) -> Vector | None:

@@ -13,12 +13,15 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 
-from cosilo_common.diffusion.model import build_unet, load_vector, tensor_table
+from cosilo_common.diffusion.adapters import save_adapter, whole_unet
+from cosilo_common.diffusion.lora import LoraBase
+from cosilo_common.diffusion.model import build_unet
 from cosilo_common.diffusion.pipeline import CosiloPipeline
 from cosilo_common.diffusion.sampling import sampling_scheduler
 from cosilo_common.diffusion.specification import Architecture, Schedule
 from cosilo_common.errors import CosiloError
-from cosilo_common.weights import open_vector
+
+ADAPTER_FOLDER = "adapter"  # in an exported folder; diffusers passes over it
 
 
 def export_pipeline(
@@ -28,12 +31,14 @@ def export_pipeline(
     to: Path,
     class_index: int | None = None,
     card: Callable[[Path], str] | None = None,
+    base: LoraBase | None = None,
 ) -> None:
     """Write a diffusers folder from a checkpoint's weights or ema file.
 
     class_index: None writes a folder for CosiloPipeline; a class writes one that stock diffusers.DDIMPipeline samples
-    that class from. to: a folder that does not exist yet, or is empty. card: gives its README.md, from the folder. Raises
-    CosiloError for a wrong class, unfit weights or a folder in use.
+    that class from. to: a folder that does not exist yet, or is empty. card: gives its README.md, from the folder. base: of a
+    run of adapters: these are added to it, and stand besides in ADAPTER_FOLDER alone, in peft's form. Raises CosiloError for a
+    wrong class, unfit weights or a folder in use.
     """
     if class_index is not None and not 0 <= class_index < architecture.num_classes:
         raise CosiloError("export", f"class {class_index} does not exist", f"choose from 0 to {architecture.num_classes - 1}")
@@ -43,8 +48,7 @@ def export_pipeline(
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CosiloError("export", f"{to} exists and is not an empty folder", "choose another folder")
-    unet = build_unet(architecture)
-    load_vector(unet, open_vector(weights, tensor_table(architecture)))
+    unet = whole_unet(architecture, weights, base)
     unet.eval()
     scheduler = sampling_scheduler(schedule, "ddim")
     pipeline = (
@@ -54,6 +58,8 @@ def export_pipeline(
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as scratch:
         made = Path(scratch, "pipeline")
         pipeline.save_pretrained(str(made), safe_serialization=True)
+        if base is not None:
+            save_adapter(made / ADAPTER_FOLDER, architecture, weights, base.terms)
         if card is not None:
             (made / "README.md").write_text(card(made), encoding="utf-8")
         if to.exists():

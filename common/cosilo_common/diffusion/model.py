@@ -16,6 +16,8 @@ from cosilo_common.diffusion.specification import Architecture
 from cosilo_common.errors import CosiloError
 from cosilo_common.weights import TensorTable
 
+_ADAPTER_NAME = ".default."  # by which peft calls an adapter that nobody named; no layer of a network here is called so
+
 
 def build_unet(architecture: Architecture, *, conditional: bool = True) -> UNet2DModel | ResidualUNet:
     """The UNet, randomly initialised from torch's global generator, float32, on the default device.
@@ -83,8 +85,10 @@ def initial_state(architecture: Architecture, seed: int) -> dict[str, torch.Tens
 
 
 def ordered_parameters(unet: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters in the tensor table's order: sorted by name."""
-    return sorted(unet.named_parameters())
+    """The parameters in the tensor table's order: sorted by name. Of a network with adapters (`adapters.adapt`), the adapters' alone."""
+    every = list(unet.named_parameters())
+    adapters = [(name.replace(_ADAPTER_NAME, "."), parameter) for name, parameter in every if _ADAPTER_NAME in name]
+    return sorted(adapters or every)
 
 
 def load_vector(unet: torch.nn.Module, vector: npt.NDArray[np.float32]) -> None:

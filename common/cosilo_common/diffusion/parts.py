@@ -13,6 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Final
 
+from cosilo_common.diffusion.lora import Lora, frozen_names
 from cosilo_common.diffusion.specification import Architecture
 from cosilo_common.weights import TensorTable
 
@@ -60,18 +61,25 @@ def personal_names(table: TensorTable, architecture: Architecture, parts: Sequen
 class Split:
     """A model's vector in two: what is summed, and what stays at each site.
 
-    personal: names of the latter, possibly none. controlled: whether control variates (SCAFFOLD) of the summed tensors travel as well:
-    after the update in a sum, after the model in what sites fetch, after the personal tensors in what a site keeps.
+    personal: names of the latter, possibly none. frozen: names of those that nobody trains, in what sites fetch all the same.
+    controlled: whether control variates (SCAFFOLD) of the summed tensors travel as well: after the update in a sum, after the model in what
+    sites fetch, after the personal tensors in what a site keeps.
     """
 
     table: TensorTable
     personal: frozenset[str] = frozenset()
     controlled: bool = False
+    frozen: frozenset[str] = frozenset()
+
+    @property
+    def unsummed(self) -> frozenset[str]:
+        """The tensors that no sum has."""
+        return self.personal | self.frozen
 
     @cached_property
     def shared_table(self) -> TensorTable:
         """The summed tensors in the model's own order."""
-        return TensorTable(tuple(entry for entry in self.table.entries if entry[0] not in self.personal)) if self.personal else self.table
+        return TensorTable(tuple(entry for entry in self.table.entries if entry[0] not in self.unsummed)) if self.unsummed else self.table
 
     @cached_property
     def personal_table(self) -> TensorTable | None:
@@ -102,17 +110,22 @@ class Split:
     @cached_property
     def shared_runs(self) -> tuple[slice, ...]:
         """Where the summed tensors lie in the model's vector: ascending, as few as can be."""
-        return self._runs(personal=False)
+        return self._runs(lambda name: name not in self.unsummed)
 
     @cached_property
     def personal_runs(self) -> tuple[slice, ...]:
         """Where the tensors that stay lie in the model's vector: ascending, as few as can be."""
-        return self._runs(personal=True)
+        return self._runs(lambda name: name in self.personal)
 
-    def _runs(self, *, personal: bool) -> tuple[slice, ...]:
+    @cached_property
+    def unsummed_runs(self) -> tuple[slice, ...]:
+        """Where the tensors lie that no sum has: ascending, as few as can be."""
+        return self._runs(lambda name: name in self.unsummed)
+
+    def _runs(self, among: Callable[[str], bool]) -> tuple[slice, ...]:
         runs: list[slice] = []
         for name, place in self.table.slices().items():
-            if (name in self.personal) is not personal:
+            if not among(name):
                 continue
             if runs and runs[-1].stop == place.start:
                 runs[-1] = slice(runs[-1].start, place.stop)
@@ -121,9 +134,16 @@ class Split:
         return tuple(runs)
 
 
-def split_of(table: TensorTable, architecture: Architecture, parts: Sequence[str], controlled: bool = False) -> Split:
-    """The split of a model by the parts that stay at the sites. Raises ValueError as `personal_names` does."""
-    return Split(table, personal_names(table, architecture, parts) if parts else frozenset(), controlled)
+def split_of(
+    table: TensorTable, architecture: Architecture, parts: Sequence[str], controlled: bool = False, lora: Lora | None = None
+) -> Split:
+    """The split of a model, or of its adapters, by the parts that stay at the sites. Raises ValueError as `personal_names` and
+    `frozen_names` do."""
+    frozen = frozenset() if lora is None else frozen_names(table, lora)
+    split = Split(table, (personal_names(table, architecture, parts) if parts else frozenset()) - frozen, controlled, frozen)
+    if len(split.unsummed) == len(table.entries):
+        raise ValueError("personal: what is not frozen would stay at the sites, and nothing would be trained together")
+    return split
 
 
 def _depth(name: str) -> int:

@@ -158,6 +158,28 @@ def score_against_moments(extractor: Extractor, real: Moments, images: Pixels) -
     )
 
 
+@dataclass(frozen=True)
+class LocalScores:
+    """Every score against real images that lie here. extractor: its name with its input size; digest: of its weights or module."""
+
+    scores: Scores
+    real_images: int
+    extractor: str
+    digest: str
+
+
+def score_against_images(
+    extractor: Extractor, real: tuple[Pixels, NDArray[np.int64]], drawn: tuple[Pixels, NDArray[np.int64]], *, seed: int
+) -> LocalScores:
+    """Scores drawn images (n, C, H, W) with labels (n,) against real ones, the single classes as well. Raises CosiloError for too few."""
+    least = NEIGHBOURS + 1
+    if min(len(real[0]), len(drawn[0])) < least:
+        subject = f"{len(real[0])} real and {len(drawn[0])} drawn images"
+        raise CosiloError("score", subject, f"precision and recall need {least} of each at the least; thousands say something")
+    scores = score(scored(extractor, *real), scored(extractor, *drawn), seed=seed, by_class=True)
+    return LocalScores(scores, len(real[0]), extractor.name, extractor.digest)
+
+
 def _class_scores(real: Scored, generated: Scored, random: np.random.Generator) -> list[ClassScore]:
     theirs, ours = real.vectors, generated.vectors
     scores = []

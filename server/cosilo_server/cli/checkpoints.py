@@ -171,7 +171,7 @@ def export(
     """Write a checkpoint as a folder that diffusers loads with from_pretrained, with a model card."""
     from cosilo_common.rpc.v1 import admin_pb2
     from cosilo_server.cli.connection import connect
-    from cosilo_server.cli.downloads import download
+    from cosilo_server.cli.downloads import download, download_base
     from cosilo_server.cli.follow import fetch_rounds
     from cosilo_server.cli.manifests import fetch_signed_manifest
     from cosilo_server.cli.model_card import CardFacts, model_card, read_scores
@@ -206,10 +206,13 @@ def export(
         to.parent.mkdir(parents=True, exist_ok=True)
         weights = to.parent / f".{to.name}.{short(digest)}.safetensors"  # beside the folder: the same disk, found again after a cut
         download(coordinator, bytes.fromhex(digest), weights)
+        base = None if manifest.lora is None else download_base(coordinator, manifest.lora, to.parent)
     try:
-        export_folder(weights, manifest.architecture, manifest.schedule, to, class_index, lambda made: model_card(facts, made))
+        export_folder(weights, manifest.architecture, manifest.schedule, to, class_index, lambda made: model_card(facts, made), base)
     finally:
         weights.unlink(missing_ok=True)
+        if base is not None:
+            base.weights.unlink(missing_ok=True)
     pipeline, part = "cosilo_common.diffusion.pipeline.CosiloPipeline", ""
     if class_index is not None:
         pipeline, part = "diffusers.DDIMPipeline", f", class {class_index}"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cosilo_common.diffusion.lora import Lora, LoraBase
 from cosilo_common.errors import CosiloError
 from cosilo_common.transfer import FileSink, file_digest, partial_path
 from cosilo_server.cli.terminal import CoordinatorUnreachable, note, short
@@ -43,6 +44,13 @@ def download(coordinator: Coordinator, digest: bytes, to: Path, sleep: Callable[
                 raise
             note(f"connection lost at byte {_held(to, digest)}, resuming: {error.subject}")
             sleep(RETRY_PAUSE_S)
+
+
+def download_base(coordinator: Coordinator, lora: Lora, folder: Path) -> LoraBase:
+    """Fetches what a run's adapters stand on into a folder, as a hidden file that the caller removes. Raises as `download`."""
+    path = folder / f".{short(lora.base)}.base.safetensors"
+    download(coordinator, bytes.fromhex(lora.base), path)
+    return LoraBase(lora, path)
 
 
 def _fetch(coordinator: Coordinator, digest: bytes, to: Path) -> int:

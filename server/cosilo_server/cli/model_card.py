@@ -136,9 +136,18 @@ def _training(facts: CardFacts) -> Iterator[str]:
         yield _line("from", time_words(closed[0]["started_unix_s"]))
         yield _line("to", time_words(facts.checkpoint["created_unix_s"]))
     yield _line("secure aggregation", f"yes, {manifest.aggregation}" if manifest.secure else "no: the coordinator saw each site's update")
-    yield _line("parameters", f"{manifest.tensor_table.size:,}")
-    yield _line("trained and summed", f"{manifest.shared_table.size:,} parameters" if manifest.training.personal else "all parameters")
+    summed = f"{manifest.shared_table.size:,} parameters" if manifest.split.unsummed else "all parameters"
+    if manifest.lora is None:
+        yield _line("parameters", f"{manifest.tensor_table.size:,}")
+        yield _line("trained and summed", summed)
+    else:
+        yield _line("method", "LoRA adapters (arXiv 2106.09685) over a base that no site changed; this folder has them added to it")
+        yield _line("parameters of the adapters", f"{manifest.tensor_table.size:,}")
+        yield _line("of these trained and summed", summed)
+        yield _code("base (SHA-256)", manifest.lora.base)
     for name, values in (
+        *((("adapters", manifest.lora),) if manifest.lora is not None else ()),
+        *((("correction on own samples", manifest.correction),) if manifest.correction is not None else ()),
         ("architecture", manifest.architecture),
         ("schedule", manifest.schedule),
         ("training", manifest.training),

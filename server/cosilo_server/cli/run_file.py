@@ -7,13 +7,14 @@ Must not know torch, sockets or who signs.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from cosilo_common.canonical import sha256
+from cosilo_common.diffusion.lora import Lora, file_bytes
 from cosilo_common.diffusion.presets import preset
 from cosilo_common.diffusion.specification import Architecture, Preset
 from cosilo_common.errors import CosiloError
@@ -22,6 +23,7 @@ from cosilo_common.manifest import (
     SECURE_AGGREGATION,
     SECURE_SITES_MIN,
     CardTerms,
+    CorrectionTerms,
     Deadlines,
     EncodingTerms,
     EvaluationTerms,
@@ -36,7 +38,12 @@ RUN_FILE_BYTES_MAX = 1 << 20  # a thousand participants' names are 64 kB; a file
 ALL: Final = "all"
 SECTIONS: Final = ("architecture", "schedule", "training", "sampling")  # what a preset fills
 # Tables that a manifest is without where the file is.
-OPTIONAL: Final[Mapping[str, Any]] = {"evaluation": EvaluationTerms, "warm_start": WarmStartTerms}
+OPTIONAL: Final[Mapping[str, Any]] = {
+    "evaluation": EvaluationTerms,
+    "warm_start": WarmStartTerms,
+    "lora": Lora,
+    "correction": CorrectionTerms,
+}
 TERMS: Final[Mapping[str, Any]] = {
     "encoding": EncodingTerms,
     "server_optimiser": ServerOptimiserTerms,
@@ -44,6 +51,7 @@ TERMS: Final[Mapping[str, Any]] = {
     "card": CardTerms,
 }
 SCALARS: Final = ("name", "aggregation", "n_min", "f", "cohort", "rounds_max", "ema_decay", "max_rounds_per_model")
+WORKED_OUT: Final = frozenset({"base_bytes"})  # of [lora], from the architecture
 KEYS: Final = frozenset({"preset", "participants", *SCALARS, *SECTIONS, *TERMS, *OPTIONAL})
 
 _OPERATION = "read run file"
@@ -67,7 +75,7 @@ class RunFile:
         self.values: dict[str, Any] = {key: given[key] for key in SCALARS if key in given}
         for name, kind in {**TERMS, **{name: kind for name, kind in OPTIONAL.items() if name in given}}.items():
             section = _section(path, given, name)
-            _refuse_unknown(path, section, frozenset(kind.model_fields), f"{name}.")
+            _refuse_unknown(path, section, frozenset(kind.model_fields) - WORKED_OUT, f"{name}.")
             self.values[name] = section
         if "name" not in self.values:
             raise _error(path, "the key name is missing", 'give the run a name: name = "digits-1"')
@@ -89,8 +97,20 @@ class RunFile:
         """Whether the coordinator would see every single update."""
         return bool(self.values["aggregation"] == PLAIN_AGGREGATION)
 
-    def manifest(self, federation: str, site_keys: Mapping[str, bytes], table: TensorTable, nonce: bytes) -> Manifest:
-        """The manifest of this file.
+    @property
+    def adapts(self) -> bool:
+        """Whether the run trains LoRA adapters."""
+        return "lora" in self.values
+
+    def manifest(
+        self,
+        federation: str,
+        site_keys: Mapping[str, bytes],
+        table: TensorTable,
+        nonce: bytes,
+        adapters: Callable[[Lora], TensorTable] | None = None,
+    ) -> Manifest:
+        """The manifest of this file. table: of the architecture; adapters: gives that of a [lora], and is asked where there is one.
 
         site_keys: Ed25519 public keys (32 bytes) of every site in the verified members list, by name; nonce: 16
         random bytes. Where the file leaves them out, training.seed is drawn from the nonce; n_min is 3, or all of fewer plain-sum
@@ -114,21 +134,32 @@ class RunFile:
         recipe = self.recipe.model_dump()
         if not self.seed_given:
             recipe["training"]["seed"] = _own_seed(nonce)
+        values, tensors = self.values, table
+        if self.adapts:
+            assert adapters is not None  # whoever has a file with [lora] knows how it becomes tensors
+            lora = self._lora(table)
+            values, tensors = {**values, "lora": lora.model_dump()}, adapters(lora)
         try:
             manifest = Manifest.model_validate(
                 {
                     **defaults,
-                    **self.values,
+                    **values,
                     **recipe,
                     "federation": federation,
                     "nonce": nonce.hex(),
                     "participants": [{"name": name, "key": site_keys[name].hex()} for name in names],
-                    "tensors": table.entries,
+                    "tensors": tensors.entries,
                 }
             )
         except ValidationError as error:
             raise _error(self.path, _describe(error), "correct the named value") from None
         return parse_manifest(manifest.explicit().canonical())  # what is signed is what everybody else will be able to read
+
+    def _lora(self, base: TensorTable) -> Lora:
+        try:
+            return Lora.model_validate({**self.values["lora"], "base_bytes": file_bytes(base)})
+        except ValidationError as error:
+            raise _error(self.path, _describe(error, "lora."), "correct the named value") from None
 
 
 def _own_seed(nonce: bytes) -> int:
@@ -194,11 +225,11 @@ def _refuse_unknown(path: Path, given: Mapping[str, Any], known: frozenset[str],
         raise _error(path, f"unknown key {prefix}{unknown[0]}", f"known are {', '.join(sorted(known))}")
 
 
-def _describe(error: ValidationError) -> str:
+def _describe(error: ValidationError, prefix: str = "") -> str:
     """One line that names each wrong key."""
     lines = []
     for item in error.errors(include_url=False)[:5]:
-        key = ".".join(str(part) for part in item["loc"]) or "the run"
+        key = (prefix + ".".join(str(part) for part in item["loc"])).rstrip(".") or "the run"
         message = item["msg"].removeprefix("Value error, ")
         lines.append(f"unknown key {key}" if item["type"] == _UNKNOWN_KEY else f"{key}: {message}")
     return "; ".join(lines)

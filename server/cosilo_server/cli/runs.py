@@ -49,7 +49,7 @@ def create(
     from cosilo_server.cli.connection import WORK_TIMEOUT_S, connect
     from cosilo_server.cli.members import fetch_members, site_keys
     from cosilo_server.cli.run_file import RunFile
-    from cosilo_server.cli.torch_work import tensor_table
+    from cosilo_server.cli.torch_work import adapter_table, tensor_table
 
     run_file = RunFile(file)
     if run_file.plain and not insecure_plain_sum:
@@ -72,6 +72,7 @@ def create(
             site_keys(members),
             tensor_table(run_file.architecture),
             secrets.token_bytes(NONCE_BYTES),
+            lambda lora: adapter_table(run_file.architecture, lora),
         )
         if run_file.plain:
             warn("insecure-plain-sum: updates are not masked; the coordinator sees every site's own update")

@@ -1,4 +1,4 @@
-"""`cosilo score`: a checkpoint's images against the sum of everybody's real ones, on the admin's machine.
+"""`cosilo score`: a checkpoint's images against the sum of everybody's real ones, or a folder of one's own, on the admin's machine.
 
 Owns what is compared and the file of scores. Must not know how features are made, and loads none by a manifest's word: a module of
 somebody's own is named on the command line or not at all.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,8 +22,11 @@ from cosilo_server.cli.shapes import RoundShape
 from cosilo_server.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
+    from cosilo_common.evaluation.scoring import FederatedScores, LocalScores
     from cosilo_common.manifest import EvaluationTerms
 
+FIGURES: Final = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recall", "inception_score": "IS"}
+DEFAULT_EXTRACTOR: Final = "efficientnet-lite0"
 SAMPLES_MIN, SAMPLES_MAX = 2, 1_000_000  # a covariance needs two; a million at 16 pixels are hours on a CPU
 
 
@@ -50,58 +54,82 @@ def score(
         Path | None,
         typer.Option("--features", metavar="FILE", help="The extractor's weights.", show_default=False),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="FOLDER",
+            help="Score against the real images in this folder, a sub-folder a class, not against the sites' sum.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="JSON", help="Where the scores go, for checkpoint export --scores.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a checkpoint against the sites' real images, of which only a moments round's sum is known."""
+    """Score a checkpoint against the sites' real images, of which only a moments round's sum is known, or against a folder."""
     from cosilo_server.cli.connection import connect
-    from cosilo_server.cli.downloads import download
+    from cosilo_server.cli.downloads import download, download_base
     from cosilo_server.cli.follow import fetch_rounds
     from cosilo_server.cli.manifests import fetch_signed_manifest
     from cosilo_server.cli.run_names import find_run
-    from cosilo_server.cli.torch_work import score_checkpoint
+    from cosilo_server.cli.torch_work import score_against_folder, score_checkpoint
 
     with connect(seat) as coordinator, tempfile.TemporaryDirectory(prefix="cosilo-score-") as scratch:
         summary = find_run(coordinator, run)
         manifest = fetch_signed_manifest(coordinator, summary.run).manifest
-        terms = named_extractor(manifest.evaluation, extractor)
-        real = newest_moments(fetch_rounds(coordinator, summary.run), summary.name)
+        network = named_extractor(manifest.evaluation, extractor) if against is None else local_extractor(manifest.evaluation, extractor)
+        real = newest_moments(fetch_rounds(coordinator, summary.run), summary.name) if against is None else None
         checkpoint = choose_checkpoint(fetch_checkpoints(coordinator, summary.run), summary.name, at_round)
         artifact, digest = artifact_of(checkpoint, raw)
         weights, moments = Path(scratch, "weights"), Path(scratch, "moments")
         download(coordinator, bytes.fromhex(digest), weights)
-        download(coordinator, bytes.fromhex(real["moments"] or ""), moments)
+        base = None if manifest.lora is None else download_base(coordinator, manifest.lora, Path(scratch))
         sampling = manifest.sampling if steps is None else manifest.sampling.model_copy(update={"steps": steps})
-        scores = score_checkpoint(weights, manifest, sampling, terms, features, moments, samples=samples, seed=seed)
+        if against is None:
+            assert real is not None and not isinstance(network, str)
+            download(coordinator, bytes.fromhex(real["moments"] or ""), moments)
+            federated = score_checkpoint(weights, manifest, sampling, network, features, moments, samples=samples, seed=seed, base=base)
+            figures = {"moments_round": real["round"], "moments": real["moments"], **_federated(federated, network.sha256)}
+            of_whom = f"of {len(real['survivors'])} sites (round {real['round']})"
+        else:
+            local = score_against_folder(weights, manifest, sampling, network, features, against, samples=samples, seed=seed, base=base)
+            figures = {"against": str(against), **_local(local)}
+            of_whom = f"in {against}"
     shown = {
         "run": summary.run.hex(),
         "round": checkpoint["round"],
         "artifact": artifact,
         "digest": digest,
-        "moments_round": real["round"],
-        "moments": real["moments"],
-        "real_images": scores.real_images,
-        "extractor": scores.extractor,
-        "extractor_sha256": terms.sha256,
         "samples": samples,
         "steps": sampling.steps,
         "seed": seed,
-        "fid": scores.fid,
-        "inception_score": scores.inception_score,
+        **figures,
     }
     if out is not None:
         write_scores(out, f"{summary.name}, {artifact} of round {checkpoint['round']}", shown)
     if as_json:
         say_json(shown)
         return
-    told = "" if scores.inception_score is None else f", IS {scores.inception_score:.4g}"
+    told = ", ".join(f"{word} {shown[key]:.6g}" for key, word in FIGURES.items() if shown.get(key) is not None)
     say(
-        f"{artifact} of round {checkpoint['round']}: FID {scores.fid:.6g}{told}; {samples} images against {scores.real_images} real ones "
-        f"of {len(real['survivors'])} sites (round {real['round']}), by {scores.extractor}"
+        f"{artifact} of round {checkpoint['round']}: {told}; {samples} images against {shown['real_images']} real ones {of_whom}, "
+        f"by {shown['extractor']}"
     )
+    for row in shown.get("by_class", ()):
+        say(f"  class {row['label']}: FID {row['fid']:.6g}, KID {row['kid']:.6g} ({row['images']} images)")
+
+
+def _federated(scores: FederatedScores, sha256: str) -> dict[str, Any]:
+    """What a sum of moments can tell: no single features are in it, and KID, precision and recall compare those."""
+    return {**asdict(scores), "extractor_sha256": sha256}
+
+
+def _local(scores: LocalScores) -> dict[str, Any]:
+    known = {"real_images": scores.real_images, "extractor": scores.extractor, "extractor_sha256": scores.digest}
+    return {**asdict(scores.scores), **known, "by_class": [asdict(row) for row in scores.scores.by_class]}
 
 
 def named_extractor(terms: EvaluationTerms | None, asked: str | None) -> EvaluationTerms:
@@ -117,6 +145,11 @@ def named_extractor(terms: EvaluationTerms | None, asked: str | None) -> Evaluat
     return terms
 
 
+def local_extractor(terms: EvaluationTerms | None, asked: str | None) -> EvaluationTerms | str:
+    """The run's terms where it has some, as its other scores; else the extractor named here, or the default one."""
+    return named_extractor(terms, asked) if terms is not None else asked or DEFAULT_EXTRACTOR
+
+
 def newest_moments(rounds: Sequence[RoundShape], name: str) -> RoundShape:
     """The last closed moments round. Raises CosiloError where there is none."""
     found = [entry for entry in rounds if entry["moments"] is not None]
@@ -127,6 +160,6 @@ def newest_moments(rounds: Sequence[RoundShape], name: str) -> RoundShape:
 
 def write_scores(path: Path, label: str, shown: dict[str, Any]) -> None:
     """The scores as `checkpoint export --scores` reads them: a summary of one row, and all that makes the figures comparable."""
-    figures = {key: shown[key] for key in ("fid", "inception_score") if shown[key] is not None}
+    figures = {key: shown[key] for key in FIGURES if shown.get(key) is not None}
     document = {"summary": {label: {"images": shown["samples"], **figures}}, "score": shown}
     path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed
 from cosilo_server.rounds.state import Activity, Round
 from cosilo_server.services.gate import Context, Gate
+from cosilo_server.services.opened import opened
 from cosilo_server.services.turns import Turns
 from cosilo_server.store import Store
 from cosilo_server.trace import FETCH
@@ -75,11 +76,13 @@ async def send_artifact(
     serving = _round_served(conductor, site, request.digest) if peer.name.role is Role.SITE else None
     fetch = conductor.trace.begin(serving, site, FETCH) if serving is not None else None
     try:
-        source = await asyncio.to_thread(FileSource, leases.enter_context(artifacts.lease(request.digest.hex())))
-    except CosiloError as error:
+        source = await opened(FileSource, leases.enter_context(artifacts.lease(request.digest.hex())))
+    except BaseException as error:  # also a caller that went while it was opened
         leases.close()
         if fetch is not None:
-            conductor.trace.end(fetch, "refused")
+            conductor.trace.end(fetch, "refused" if isinstance(error, CosiloError) else "cut")
+        if not isinstance(error, CosiloError):
+            raise
         await gate.refuse(context, error)
     try:
         if request.offset > source.size:
@@ -119,7 +122,13 @@ async def send_artifact(
             await asyncio.to_thread(store.add_bytes, serving.run, serving.number, sent, 0)
 
 
+def base_of(conductor: Conductor, run: bytes) -> bytes | None:
+    """The digest of what a run's adapters stand on; None where it trains none."""
+    manifest = conductor.manifest(run)
+    return None if manifest is None or manifest.lora is None else bytes.fromhex(manifest.lora.base)
+
+
 def _round_served(conductor: Conductor, site: str, digest: bytes) -> Round | None:
-    """The round in progress whose weights the site is fetching."""
+    """The round in progress for which the site is fetching: its weights, or what its run's adapters stand on."""
     rounds = (conductor.round(run) for run in conductor.runs_of(site))
-    return next((r for r in rounds if r is not None and not r.ended and r.base_digest == digest), None)
+    return next((r for r in rounds if r is not None and not r.ended and digest in (r.base_digest, base_of(conductor, r.run))), None)

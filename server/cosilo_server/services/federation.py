@@ -26,7 +26,7 @@ from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Declined, Progressed
 from cosilo_server.services.admission import Bucket
 from cosilo_server.services.ca import CaDesk
-from cosilo_server.services.downloads import DownloadNotes, send_artifact
+from cosilo_server.services.downloads import DownloadNotes, base_of, send_artifact
 from cosilo_server.services.gate import Context, Gate
 from cosilo_server.services.translation import ACTIVITY_FROM_WIRE, DECLINE_FROM_WIRE, assignment_to_wire
 from cosilo_server.services.turns import Turns
@@ -200,8 +200,10 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
             yield response
 
     async def _may_fetch(self, site: str, digest: bytes, context: Context) -> None:
-        """A site may fetch the weights of its own runs, and nothing else."""
+        """A site may fetch the weights of its own runs, what their adapters stand on, and nothing else."""
         mine = set(self._conductor.runs_of(site))
+        if any(digest == base_of(self._conductor, run) for run in mine):
+            return
         found = await asyncio.to_thread(self._store.checkpoint_of, digest)
         if not any(c.run in mine and c.weights == digest for c in found):
             await self._gate.abort(

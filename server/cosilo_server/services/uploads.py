@@ -25,6 +25,7 @@ from cosilo_server.conductor import Conductor
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed, UploadReceived
 from cosilo_server.rounds.state import Activity, Phase, Round, Upload
+from cosilo_server.services.opened import opened
 from cosilo_server.services.turns import Turn, Turns
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store
@@ -99,14 +100,8 @@ class UploadDesk:
         yield site_pb2.PutUpdateResponse(stored=True)
 
     async def _sink(self, state: Round, site: str, body: UploadBody) -> FileSink:
-        """Where the upload is received; a caller that is cancelled meanwhile leaves none open."""
-        run, digest = state.run.hex(), body.digest.hex()
-        opening = asyncio.ensure_future(asyncio.to_thread(self._spool.receive, run, state.number, site, body.size_bytes, digest))
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(lambda ended: None if ended.cancelled() or ended.exception() else ended.result().close())
-            raise
+        """Where the upload is received."""
+        return await opened(self._spool.receive, state.run.hex(), state.number, site, body.size_bytes, body.digest.hex())
 
     def _open(self, site: str, first: bytes) -> tuple[Round, Signed]:
         try:
