@@ -43,7 +43,7 @@ def behind_nginx(checks: Checklist, federation: LocalFederation, folder: Path) -
             expect(status == 400 and "No required SSL certificate was sent" in said, f"{status}: {said}")
             status, said = proxy.ask("/", staff=True, host="other.example.org")
             expect(status == 421, f"{status}: {said}")
-            status, said = proxy.ask("/events", staff=True, until="\n\n")
+            status, said = proxy.ask("/events", staff=True, until="data:")  # after the pause that a browser is told
             expect(status == 200 and "data:" in said, f"{status}: {said}")
     finally:
         proxy.daemon.stop()
