@@ -199,7 +199,7 @@ def test_round_start(
     cosilo: Run, script: Script, capsys: pytest.CaptureFixture[str], options: list[str], kind: int, rounds: int, line: str
 ) -> None:
     assert cosilo("round", "start", "digits-1", *options) == 0
-    assert script.heard[-1] == admin_pb2.StartRoundsRequest(run=DIGEST, rounds=rounds, kind=kind)  # type: ignore[arg-type]
+    assert script.heard[-1] == admin_pb2.StartRoundsRequest(run=DIGEST, rounds=rounds, kind=kind)  # type: ignore[arg-type]  # a number from the table above
     assert capsys.readouterr().out == line
 
 
