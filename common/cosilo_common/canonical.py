@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, Final
@@ -16,6 +17,7 @@ SITE_NAME: Final = re.compile(r"[a-z0-9-]{1,63}")
 """A site's name: also a DNS label, a folder name and a metric's label, so nothing that any of those would escape."""
 
 PREFIX_BYTES: Final = 4
+_LENGTH: Final = struct.Struct(">I")
 FIELD_BYTES_MAX: Final = (1 << 32) - 1  # what a 4-byte prefix can say
 U64_MAX: Final = (1 << 64) - 1
 
@@ -31,10 +33,10 @@ def lp(*fields: bytes) -> bytes:
     """
     parts: list[bytes] = []
     for field in fields:
-        if len(field) > FIELD_BYTES_MAX:
-            raise MalformedBytes(f"a field of {len(field)} bytes does not fit a 4-byte length")
-        parts.append(len(field).to_bytes(PREFIX_BYTES, "big"))
-        parts.append(bytes(field))
+        length = len(field)
+        if length > FIELD_BYTES_MAX:
+            raise MalformedBytes(f"a field of {length} bytes does not fit a 4-byte length")
+        parts += (length.to_bytes(PREFIX_BYTES, "big"), field)
     return b"".join(parts)
 
 
@@ -44,15 +46,15 @@ def unlp(data: bytes, limit_fields: int) -> list[bytes]:
     Raises MalformedBytes when a length runs past the end or there are more than limit_fields.
     """
     fields: list[bytes] = []
-    at = 0
-    while at < len(data):
+    at, total = 0, len(data)
+    while at < total:
         if len(fields) == limit_fields:
             raise MalformedBytes(f"more than {limit_fields} fields")
         start = at + PREFIX_BYTES
-        if start > len(data):
+        if start > total:
             raise MalformedBytes(f"length cut short at byte {at}")
-        end = start + int.from_bytes(data[at:start], "big")
-        if end > len(data):
+        end = start + _LENGTH.unpack_from(data, at)[0]
+        if end > total:
             raise MalformedBytes(f"field {len(fields)} runs past the end")
         fields.append(bytes(data[start:end]))
         at = end

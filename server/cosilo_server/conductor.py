@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ from cosilo_server.rounds.events import (
     UploadReceived,
 )
 from cosilo_server.rounds.machine import begin, step
-from cosilo_server.rounds.state import DeclineCode, Phase, Round, Site
+from cosilo_server.rounds.state import DeclineCode, Phase, Round
 from cosilo_server.spool import Spool
 from cosilo_server.store import Pause, Store, StoredCheckpoint, StoredRun, terms_of
 from cosilo_server.trace import RoundTrace
@@ -57,7 +57,6 @@ RECHECK_S = 5.0  # after a refusal that is not the sites' doing, such as a full 
 BACKOFF_MAX_S = 300.0  # a federation whose sites come back after a weekend starts within five minutes
 _FLOAT_BYTES = 4
 _CHECKPOINT_FILES = 4  # weights, ema and two moments at most
-_TRANSIENT = {"connected": False, "activity": Site.activity, "tenths": 0, "bytes_moved": 0, "progressed_at": 0.0, "graces": 0}
 
 
 @dataclass
@@ -325,7 +324,7 @@ class Conductor:
         now = self._now()
         after, effects = step(before, event, now)
         if after is not before:
-            if not _same_in_store(before, after):
+            if not after.same_in_store(before):
                 await self._persist(record, before, after, event)
             record.round = after
             self._metrics.round_moved(record.run, before, after, now)
@@ -540,21 +539,6 @@ def _persisting(number: int) -> Iterator[None]:
         yield
     except DatabaseError as error:
         raise CosiloError("persist round", f"round {number}: {error.orig}", "free space on the data folder's disk") from None
-
-
-def _durable(state: Round) -> Round:
-    """The round without what a restart forgets."""
-    return replace(state, sites={name: replace(site, **_TRANSIENT) for name, site in state.sites.items()})  # type: ignore[arg-type]  # Site's own fields
-
-
-def _same_in_store(before: Round, after: Round) -> bool:
-    """Whether a restart would find the same; most of what sites say moves one of them, and only what is not stored."""
-    if replace(after, sites=before.sites) != before:
-        return False
-    return all(
-        before.sites[name] is site or replace(before.sites[name], **_TRANSIENT) == replace(site, **_TRANSIENT)  # type: ignore[arg-type]  # Site's own fields
-        for name, site in after.sites.items()
-    )
 
 
 def _what(event: Event, before: Round, after: Round) -> str:

@@ -3,7 +3,6 @@ fills the coordinator's disk with what is written down of it."""
 
 from __future__ import annotations
 
-from cosilo_server.conductor import _durable
 from cosilo_server.rounds.events import Connected, Declined, Disconnected, LeftOut, Progressed
 from cosilo_server.rounds.machine import GRACES_MAX, PROGRESS_PARTS
 from cosilo_server.rounds.state import Activity, DeclineCode, Phase
@@ -89,9 +88,9 @@ def test_declining_again_and_again_is_written_down_once() -> None:
     script = Script()
     written = 0
     for turn in range(100):
-        before = _durable(script.state)
+        before = script.state
         script.say(Declined(MALLORY, (DeclineCode.POLICY, DeclineCode.DISK)[turn % 2]))
         script.say(Connected(MALLORY))
-        written += _durable(script.state) != before
+        written += not script.state.same_in_store(before)
     assert written == 1
     assert script.state.sites[MALLORY].declined is DeclineCode.POLICY

@@ -18,7 +18,7 @@ from cosilo_common.manifest import Manifest
 from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import Advert, Consent, MessageType, Reveal, RoundKind, Signed, threshold
 from cosilo_common.secagg.messages import Upload as UploadBody
-from cosilo_server.conductor import Conductor, _durable
+from cosilo_server.conductor import Conductor
 from cosilo_server.rounds.state import Round
 from tests.simulation.sums import Sums
 
@@ -243,16 +243,14 @@ class Watch:
     def reopened(self, state: Round) -> None:
         """A coordinator came back and found this: what was committed, or what was about to be."""
         self._observed.pop(state.run, None)
-        if not any(
-            found and _same(_durable(state), _durable(found)) for found in (self.committed.get(state.run), self.pending.get(state.run))
-        ):
+        if not any(_same(state, found) for found in (self.committed.get(state.run), self.pending.get(state.run))):
             self.fail("persist", f"round {state.number} comes back as {state.phase}, not as {_phase(self.committed.get(state.run))}")
-        if not _same(_durable(state), self.committed.get(state.run)):
+        if not _same(state, self.committed.get(state.run)):
             self.saved(state)
 
     def saved(self, state: Round) -> None:
         """A round was committed."""
-        self.committed[state.run] = _durable(state)
+        self.committed[state.run] = state
         if state.survivors:
             self._of_this_attempt(state)
             self._survivors(state.run, state.number, state.survivors)
@@ -271,7 +269,7 @@ class Watch:
         if state is None or (state is self._observed.get(run) and self.committed.get(run) is self._compared.get(run)):
             return
         self._observed[run], self._compared[run] = state, self.committed[run]
-        if not _same(_durable(state), self.committed.get(run)):
+        if not _same(state, self.committed.get(run)):
             self.fail("persist", f"round {state.number} is {state.phase} in memory and {_phase(self.committed.get(run))} in the store")
         if not state.ended:
             self._holds_acknowledged(state)
@@ -332,8 +330,10 @@ class Watch:
 
 def _same(state: Round, committed: Round | None) -> bool:
     """Whether memory holds what the store does. Messages of a round that is over are dropped there."""
-    if committed is None or not (state.ended and committed.ended):
-        return state == committed
+    if committed is None:
+        return False
+    if not (state.ended and committed.ended):
+        return state.same_in_store(committed)
     return all(getattr(state, name) == getattr(committed, name) for name in ("number", "phase", "attempt", "survivors", "checkpoint"))
 
 

@@ -28,6 +28,7 @@ from sqlalchemy.exc import OperationalError
 
 import cosilo_common.transfer
 from cosilo_common.secagg.messages import RoundKind, Signed
+from tests.simulation import signatures
 from tests.simulation import site as site_module
 from tests.simulation import sums as sums_module
 from tests.simulation.clock import SimulatedLoop, Stalled
@@ -327,7 +328,8 @@ def _in_place(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(simulated_disks())
         stack.enter_context(mock.patch.object(cosilo_common.transfer, "CHUNK_BYTES", world.scenario.chunk_bytes))
-        for module, name, value in [*site_module.patches(world.network), *sums_module.patches(world.sums), *world.peers.patches()]:
+        in_place = [*site_module.patches(world.network), *sums_module.patches(world.sums), *world.peers.patches(), *signatures.patches()]
+        for module, name, value in in_place:
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(_listening(world))
         yield

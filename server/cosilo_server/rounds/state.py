@@ -1,14 +1,15 @@
 """What a round is: frozen values only.
 
-A round is folded from verified messages; `sites` holds what each site has delivered, verbatim, because later phases send it on. Fields under
-"transient" are not persisted: after a restart they start anew and the watch over progress with them.
+A round is folded from verified messages; `sites` holds what each site has delivered, verbatim, because later phases send it on. Fields marked
+transient are not persisted: after a restart they start anew and the watch over progress with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from operator import attrgetter
 
 from cosilo_common.secagg.messages import RoundKind
 
@@ -94,6 +95,9 @@ class Upload:
     size_bytes: int
 
 
+_TRANSIENT = {"transient": True}
+
+
 @dataclass(frozen=True)
 class Site:
     """One participant in this round: what it delivered, and how it stands."""
@@ -106,13 +110,12 @@ class Site:
     complaints: tuple[str, ...] = ()  # dealers it complained of, over all attempts
     declined: DeclineCode | None = None
     late: bool = False
-    # transient
-    connected: bool = False
-    activity: Activity = Activity.IDLE
-    tenths: int = 0
-    bytes_moved: int = 0
-    progressed_at: float = 0.0
-    graces: int = 0  # reconnections in this phase that gave it a whole deadline again
+    connected: bool = field(default=False, metadata=_TRANSIENT)
+    activity: Activity = field(default=Activity.IDLE, metadata=_TRANSIENT)
+    tenths: int = field(default=0, metadata=_TRANSIENT)
+    bytes_moved: int = field(default=0, metadata=_TRANSIENT)
+    progressed_at: float = field(default=0.0, metadata=_TRANSIENT)
+    graces: int = field(default=0, metadata=_TRANSIENT)  # reconnections in this phase that gave it a whole deadline again
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,15 @@ class Round:
     def ended(self) -> bool:
         """Closed or abandoned."""
         return self.phase in ENDED
+
+    def same_in_store(self, other: Round) -> bool:
+        """Whether a restart would find the same; most of what sites say moves one of them, and only what is not stored."""
+        return (
+            _ROUND_STORED(self) == _ROUND_STORED(other)
+            and self.sites.keys() == other.sites.keys()
+            and all(site is other.sites[name] or _SITE_STORED(site) == _SITE_STORED(other.sites[name]) for name, site in self.sites.items())
+        )
+
+
+_SITE_STORED = attrgetter(*(each.name for each in fields(Site) if not each.metadata.get("transient")))
+_ROUND_STORED = attrgetter(*(each.name for each in fields(Round) if each.name != "sites"))
