@@ -80,6 +80,11 @@ def figures(mb: int, repeat: int) -> Iterator[Figure]:
                 yard.append(raw_tls_s(size, *_counts(way, streams), streams=streams))
                 rate, raw = streams * mb / statistics.median(seconds), streams * mb / statistics.mean(yard)
                 yield Figure(f"transfer.{way}.{streams}", rate, "MB/s", "raw TLS, MB/s", raw, at_least(GOAL))
+                kept = (
+                    streams * mb / statistics.median(raw_tls_s(size, *_counts(way, streams), streams, Path(folder)) for _ in range(repeat))
+                )
+                yield Figure(f"transfer.{way}.{streams}.kept", rate, "MB/s", "raw TLS, hashed and on disk, MB/s", kept)
+                yield Figure(f"transfer.{way}.{streams}.bound", kept, "MB/s", "raw TLS, MB/s", raw)
                 yield Figure(f"transfer.{way}.{streams}.cpu", 1000 * cpu_s / streams / mb, "s a GB")
                 for who, peak, base in zip(("coordinator", "site"), peaks, before, strict=True):
                     extra = max(0, peak - base) / 1e6

@@ -5,6 +5,8 @@ Owns the yardsticks. Must not know Cosilo. A figure of ours means something only
 
 from __future__ import annotations
 
+import hashlib
+import os
 import socket
 import ssl
 import subprocess
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import trustme
@@ -22,11 +25,12 @@ import trustme
 CHUNK_BYTES = 1 << 20  # Cosilo's own
 
 
-def raw_tls_s(size: int, downs: int, ups: int, streams: int = 1) -> float:
+def raw_tls_s(size: int, downs: int, ups: int, streams: int = 1, keep: Path | None = None) -> float:
     """Seconds in which a process and its child exchange files over TLS 1.3 on loopback: `downs` of `size` bytes to the child, `ups` back.
 
     The bytes alone: nothing is read from a disk, hashed or kept. streams: how many go at once. The child is a process of its own, as a
-    site is, so each side has a core.
+    site is, so each side has a core. keep: a folder; what is received is then hashed (SHA-256) and written there by a thread beside the one
+    that receives, and synced at its end: what any transport could reach at most that leaves a file with a digest behind.
     """
     with tempfile.TemporaryDirectory(prefix="cosilo-bench-") as folder:
         authority = trustme.CA()
@@ -38,12 +42,14 @@ def raw_tls_s(size: int, downs: int, ups: int, streams: int = 1) -> float:
         certificate.configure_cert(context)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             command = [sys.executable, "-m", "bench.yardsticks", str(root), str(listener.getsockname()[1]), str(size)]
-            child = subprocess.Popen([*command, str(downs), str(ups), str(streams)], stdin=subprocess.DEVNULL)
+            child = subprocess.Popen(
+                [*command, str(downs), str(ups), str(streams), *([str(keep)] if keep else [])], stdin=subprocess.DEVNULL
+            )
             try:
                 listener.settimeout(60)
                 peers = [context.wrap_socket(listener.accept()[0], server_side=True) for _ in range(streams)]
                 began_s = time.perf_counter()
-                _in_threads([partial(_serve, peer, size, downs // streams, ups // streams) for peer in peers])
+                _in_threads([partial(_serve, peer, size, downs // streams, ups // streams, keep) for peer in peers])
                 taken_s = time.perf_counter() - began_s
             finally:
                 child.wait(60)
@@ -68,20 +74,20 @@ def anonymous_bytes(process: int) -> int:
     raise RuntimeError("this system does not tell a process's anonymous memory")
 
 
-def _serve(peer: ssl.SSLSocket, size: int, downs: int, ups: int) -> None:
+def _serve(peer: ssl.SSLSocket, size: int, downs: int, ups: int, keep: Path | None) -> None:
     _send(peer, size * downs)
-    _receive(peer, size * ups)
+    _take(peer, size, ups, keep)
     peer.sendall(b".")
     peer.close()
 
 
-def _child(root: str, port: str, size: str, downs: str, ups: str, streams: str) -> None:
+def _child(root: str, port: str, size: str, downs: str, ups: str, streams: str, keep: str = "") -> None:
     context = ssl.create_default_context(cafile=root)
 
     def talk() -> None:
         raw = socket.create_connection(("127.0.0.1", int(port)))
         with context.wrap_socket(raw, server_hostname="localhost") as peer:
-            _receive(peer, int(size) * (int(downs) // int(streams)))
+            _take(peer, int(size), int(downs) // int(streams), Path(keep) if keep else None)
             _send(peer, int(size) * (int(ups) // int(streams)))
             peer.recv(1)
 
@@ -104,13 +110,51 @@ def _send(peer: ssl.SSLSocket, size: int) -> None:
         size -= len(part)
 
 
-def _receive(peer: ssl.SSLSocket, size: int) -> None:
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    while size:
-        got = peer.recv_into(buffer, min(size, CHUNK_BYTES))
+def _take(peer: ssl.SSLSocket, size: int, files: int, keep: Path | None) -> None:
+    for _ in range(files):
+        if keep is None:
+            buffer = memoryview(bytearray(CHUNK_BYTES))
+            for count in _chunks(size):
+                _fill(peer, buffer[:count])
+        else:
+            with tempfile.TemporaryFile(dir=keep) as file:
+                _keep(peer, size, file.fileno())
+
+
+def _keep(peer: ssl.SSLSocket, size: int, fd: int) -> None:
+    received, empty = SimpleQueue[memoryview](), SimpleQueue[memoryview]()
+    for _ in range(3):
+        empty.put(memoryview(bytearray(CHUNK_BYTES)))
+
+    def store() -> None:
+        digest = hashlib.sha256()
+        while part := received.get():
+            os.write(fd, part)
+            digest.update(part)
+            empty.put(part)
+        digest.digest()
+
+    thread = threading.Thread(target=store)
+    thread.start()
+    for count in _chunks(size):
+        part = empty.get()[:count]
+        _fill(peer, part)
+        received.put(part)
+    received.put(memoryview(b""))
+    thread.join()
+    os.fsync(fd)
+
+
+def _chunks(size: int) -> list[int]:
+    return [CHUNK_BYTES] * (size // CHUNK_BYTES) + [size % CHUNK_BYTES] * bool(size % CHUNK_BYTES)
+
+
+def _fill(peer: ssl.SSLSocket, buffer: memoryview) -> None:
+    while buffer:
+        got = peer.recv_into(buffer)
         if not got:
             raise ConnectionError("the other side ended early")
-        size -= got
+        buffer = buffer[got:]
 
 
 if __name__ == "__main__":
