@@ -27,6 +27,8 @@ from tests.federation.summary import CLOSED, TRAIN
 from tests.federation.toml_files import Toml
 
 PATIENCE_S = 6 * 3600.0  # for the rounds between two evaluations; stuck rounds end by their own deadlines long before
+WARM_SITES_MAX = 16  # sites whose trainers, some 300 MB each, stay in memory between rounds
+FEW_IDLE_S = 5.0  # seconds that a trainer stays where there are more: one that is not in the next cohort makes room for one that is
 ABANDONED_MAX = 20  # of one cell: a run that abandons so many rounds will not end, and wants a person
 
 
@@ -64,7 +66,8 @@ class FederatedCell:
         self._table = tensor_table(architecture)
         self._raw = raw
         self._note = folder / "cell.json"
-        specs = [SiteSpec(name, _data_table(config)) for name, config in sites.items()]
+        trainer: dict[str, Toml] = {"device": "cpu", "threads": 1, **({"idle_s": FEW_IDLE_S} if len(sites) > WARM_SITES_MAX else {})}
+        specs = [SiteSpec(name, _data_table(config), trainer=trainer) for name, config in sites.items()]
         self._federation = LocalFederation(folder / "federation", specs, name="study", threads=1)
 
     def train(self, points: list[int], on_checkpoint: OnCheckpoint) -> list[RoundFigures]:

@@ -17,7 +17,7 @@ from cosilo_common.canonical import canonical_json, sha256
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import describe_validation
 
-SITES_MAX = 16  # processes of their own on one machine; more would share processes, which this runner does not do
+SITES_MAX = 64  # a daemon each, some 80 MB; trainers of many sites are not kept warm (federated.py)
 EVALUATIONS_MAX = 10  # a centralised arm is one call of the trainer, which reports at tenths
 
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
