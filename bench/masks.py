@@ -153,7 +153,8 @@ def _uploads(encoding: Encoding, sites: int, update: Path, folder: Path) -> Iter
         run(SumOpening(encoding, sources, digests, masks, threads))
 
     def the_last(threads: int) -> None:
-        run(SumOpening(encoding, {last: sources[last]}, {last: digests[last]}, masks, threads, early))
+        with early:
+            run(SumOpening(encoding, {last: sources[last]}, {last: digests[last]}, masks, threads, early))
 
     try:
         yield all_of_it, the_last

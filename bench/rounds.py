@@ -1,12 +1,15 @@
 """Whole rounds that train nothing, beside the bytes alone through raw TLS: seconds, processor seconds, peak memory.
 
     python -m bench.rounds [--model 42|146|507|3400] [--sites 3 10] [--rounds 3] [--modes masked plain] [--bits 24|32]
-        [--json FILE]
+        [--training] [--json FILE]
 
 Rehearsals over a real federation on this machine: a coordinator and sites as processes, mTLS, every digest and check. A round's seconds are
 the coordinator's own, from the first phase to the last. The yardstick moves the same bytes (each site's fetch and upload) through one raw
 TLS stream, measured before and after. Memory is the peak of anonymous memory (RssAnon, sampled), as files that are mapped belong to the
 page cache.
+
+With --training the rounds train for a moment on a few images, and the run has [downlink]: a rehearsal's fetch is forced and its checkpoint
+does not move, so only there do the bytes of a round tell what a run costs. Its seconds have the training in them, and no goal.
 """
 
 from __future__ import annotations
@@ -134,12 +137,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up; the median is shown")
     parser.add_argument("--modes", nargs="+", choices=sorted(GOALS), default=["masked", "plain"])
     parser.add_argument("--bits", type=int, choices=(24, 32), default=BITS, help="of the encoding: what an upload takes a value")
+    parser.add_argument("--training", action="store_true", help="rounds that train, of a run with [downlink]: what their bytes are")
     parser.add_argument("--folder", type=Path, default=None, help="where the federation lives: some (4 + 2 N) models of disk")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     rows = []
     for sites in arguments.sites:
-        for row in _federation(arguments.model, sites, arguments.rounds, arguments.modes, arguments.folder, arguments.bits):
+        for row in _federation(
+            arguments.model, sites, arguments.rounds, arguments.modes, arguments.folder, arguments.bits, arguments.training
+        ):
             rows.append(row)
             if arguments.json:  # after each: a long run that is cut off has told what it found
                 _write(arguments.json, rows)
@@ -151,21 +157,23 @@ def _write(path: Path, rows: list[Row]) -> None:
     path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
 
 
-def _federation(model: int, sites: int, rounds: int, modes: list[str], folder: Path | None, bits: int = BITS) -> Iterator[Row]:
+def _federation(
+    model: int, sites: int, rounds: int, modes: list[str], folder: Path | None, bits: int = BITS, training: bool = False
+) -> Iterator[Row]:
     root = Path(tempfile.mkdtemp(prefix="cosilo-bench-", dir=folder))
     try:
         specs = digits_sites(root, sites, alpha=100.0, least=10, seed=1, policy={"allow_insecure_plain_sum": "plain" in modes})
         with LocalFederation(root, specs) as federation:
             federation.start()
             for mode in modes:
-                row = _rounds(federation, mode, model, rounds, bits)
+                row = _rounds(federation, mode, model, rounds, bits, training)
                 _show(row)
                 yield row
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _rounds(federation: LocalFederation, mode: str, model: int, rounds: int, bits: int) -> Row:
+def _rounds(federation: LocalFederation, mode: str, model: int, rounds: int, bits: int, training: bool) -> Row:
     deadlines = {f"{what}_s": PATIENCE_S for what in ("gather", "training", "sharing", "uploading", "consenting", "revealing")}
     plan: dict[str, Any] = {
         "name": f"{mode}-{model}",
@@ -174,16 +182,19 @@ def _rounds(federation: LocalFederation, mode: str, model: int, rounds: int, bit
         "encoding": {"bits": bits},
         "deadlines": deadlines,
     }
+    if training:
+        plan |= {"downlink": {"bits": 24}, "training": {"batch_size": 4, "max_steps": 1}}
+    kind = () if training else ("--rehearsal",)
     run = federation.create_run(plan, plain=mode == "plain")
     federation.accept_all(run)
-    federation.run_rounds(run, 1, "--rehearsal")
+    federation.run_rounds(run, 1, *kind)
     names = [COORDINATOR, *federation.sites]
     processes = {name: psutil.Process(federation.daemon(name).pid) for name in names}
     size = int(federation.cosilo_json("run", "list")["runs"][-1]["parameters"]) * 4
     before_s = raw_tls_s(size, len(federation.sites), len(federation.sites))
     peaks, cpu_before = Peaks(processes), {name: _cpu_s(process) for name, process in processes.items()}
     with peaks.watched():
-        found = federation.run_rounds(run, rounds, "--rehearsal")[1:]
+        found = federation.run_rounds(run, rounds, *kind)[1:]
     cpu = {name: _cpu_s(process) - cpu_before[name] for name, process in processes.items()}
     tls_s = (before_s + raw_tls_s(size, len(federation.sites), len(federation.sites))) / 2
     seconds = [float(entry["seconds"]) for entry in found]

@@ -34,12 +34,12 @@ import psutil
 from bench.figures import Figure, at_least, at_most, table
 from bench.yardsticks import anonymous_bytes, raw_tls_s
 from cosilo_client.coordinator import UploadHeader
-from cosilo_client.threads import in_thread
 from cosilo_client.transport import Transport
 from cosilo_common.allocation import allocate_for_chunks
 from cosilo_common.identity.names import Role
 from cosilo_common.identity.tls import TlsFiles, server_credentials, server_options
 from cosilo_common.rpc.v1 import site_pb2
+from cosilo_common.threads import in_thread
 from cosilo_common.transfer import FileSink, FileSource
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.metrics import CoordinatorMetrics

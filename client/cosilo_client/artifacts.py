@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from cosilo_client.durable import make_folder
-from cosilo_common.transfer import FileSink, file_digest, is_digest, partials, require_free_bytes
+from cosilo_common.errors import CosiloError
+from cosilo_common.step import StepHeader, apply_step
+from cosilo_common.transfer import FileSink, file_digest, is_digest, partial_path, partials, require_free_bytes, sync_folder
 
 FREE_MARGIN_BYTES: Final = 64 << 20  # for the ledger, the log and whatever else shares the disk
 
@@ -35,6 +37,36 @@ class ArtifactCache:
     def use(self, run: bytes, digest: bytes, purpose: str = "weights") -> None:
         """Keeps one artifact a run and purpose from being evicted: the one that its round needs."""
         self._in_use[run, purpose] = digest
+
+    def release(self, run: bytes, purpose: str) -> None:
+        """Lets an artifact be evicted again."""
+        self._in_use.pop((run, purpose), None)
+
+    def forget(self, digest: bytes) -> None:
+        """Removes an artifact that nobody will ask for again."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def has(self, digest: bytes) -> bool:
+        """Whether a file of that name is here; `find` says whether it is right."""
+        return self.path(digest).exists()
+
+    def stepped(self, header: StepHeader, step: bytes, size_bytes: int) -> Path:
+        """The artifact of size_bytes that a step leads to, from one that is here; the step's file is then removed.
+
+        Raises CosiloError, leaving nothing, where the disk lacks room, or the step makes anything else.
+        """
+        made = bytes.fromhex(header.made)
+        self._make_room(made, size_bytes)
+        require_free_bytes(self._folder, size_bytes + FREE_MARGIN_BYTES)
+        growing = partial_path(self.path(made), header.made).with_suffix(".step")  # not what a fetch would go on with
+        try:
+            apply_step(self.path(bytes.fromhex(header.base)), self.path(step), growing, header)
+            growing.replace(self.path(made))
+            sync_folder(self._folder)
+        except OSError as error:
+            raise CosiloError("apply step", f"{self._folder}: {error.strerror}", "free space on that disk") from None
+        self.forget(step)
+        return self.path(made)
 
     def find(self, digest: bytes) -> Path | None:
         """The artifact, if it is here and its bytes are still the right ones; wrong ones are removed."""

@@ -26,7 +26,6 @@ from cosilo_client.pause import LOOK_S, Pause, no_pause
 from cosilo_client.policy import Refusal, least_f, refuse_going_on, refuse_round, refuse_run
 from cosilo_client.secagg import RunTerms, SiteRole, Start
 from cosilo_client.spending import Spending
-from cosilo_client.threads import in_thread
 from cosilo_client.training import TENTHS, Training, reporter
 from cosilo_common.audit import Note, no_note
 from cosilo_common.encoding import Encoding
@@ -36,6 +35,7 @@ from cosilo_common.secagg.keys import Randomness, SystemRandomness
 from cosilo_common.secagg.messages import RoundKind, Signed
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
 from cosilo_common.telemetry import get_logger
+from cosilo_common.threads import in_thread
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")

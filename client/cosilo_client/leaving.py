@@ -111,7 +111,8 @@ def explain_leaving_federation(config: SiteConfig) -> str:
             "What happens, in this order",
             "  the coordinator is told: it bars this site's certificate at once and shows its admins that it left",
             "  this site leaves every run; a round in progress goes on without it",
-            f"  destroyed: the keys and certificates in {config.state / IDENTITY_FOLDER}, and the keys and updates of rounds in progress",
+            f"  destroyed: the keys and certificates in {config.state / IDENTITY_FOLDER}, and of an earlier enrolment beside it (identity.old)",
+            "  destroyed: the keys and updates of rounds in progress",
             f"  deleted: fetched weights in {config.state / ARTIFACTS_FOLDER}",
             "",
             "What remains",
@@ -139,7 +140,7 @@ def leave_federation(config: SiteConfig) -> LeftFederation:
             ROUNDS_FOLDER,
             PERSONAL_FOLDER,
             ARTIFACTS_FOLDER,
-            IDENTITY_FOLDER,
+            *_identities(config.state),
         ):  # the identity last: without it nothing says that this is half done
             remove_folder(config.state / folder)
         unlink_durably(config.state / PAUSE_FILE, config.state / ENDPOINTS_FILE)
@@ -170,8 +171,13 @@ def _withdraw(config: SiteConfig) -> None:
 def _secrets(state: Path) -> Iterator[Path]:
     """Files whose bytes are overwritten before they are unlinked: keys, and what was trained here and no mask covers."""
     yield from sorted(path for path in (state / PERSONAL_FOLDER).rglob("*") if path.is_file())
-    for folder in (state / ROUNDS_FOLDER, state / IDENTITY_FOLDER):
+    for folder in (state / ROUNDS_FOLDER, *(state / name for name in _identities(state))):
         yield from sorted(path for path in folder.rglob("*") if path.is_file() and (".key" in path.name or path.name.startswith("update")))
+
+
+def _identities(state: Path) -> tuple[str, ...]:
+    """Folders with this site's keys: those of earlier enrolments, moved aside as identity.old or the like, then today's."""
+    return (*sorted(path.name for path in state.glob(f"{IDENTITY_FOLDER}.*") if path.is_dir() and not path.is_symlink()), IDENTITY_FOLDER)
 
 
 def _remains(config: SiteConfig) -> list[str]:

@@ -54,6 +54,15 @@ class DeclineCode(IntEnum):
 
 
 @dataclass(frozen=True)
+class WeightsStep:
+    """An artifact that turns other weights into a round's. digest: its own; base: of those weights; 32 bytes each. bytes: its length."""
+
+    digest: bytes
+    base: bytes
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Owed:
     """What this site owes in one run, whole. Digests are 32 bytes; messages are signed and verbatim; see site.proto."""
 
@@ -75,6 +84,7 @@ class Owed:
     delivered: bool = False
     deadline_s: float = 0.0
     reason: str = ""
+    step: WeightsStep | None = None
 
     @property
     def label(self) -> str:

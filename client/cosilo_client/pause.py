@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cosilo_client.durable import unlink_durably, write_durably
-from cosilo_client.threads import in_thread
 from cosilo_common.errors import CosiloError
 from cosilo_common.telemetry import get_logger
+from cosilo_common.threads import in_thread
 
 PAUSE_FILE: Final = "pause.json"
 PAUSE_BYTES_MAX: Final = 4096  # four times what the longest reason makes

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
+from importlib.metadata import version
 from typing import Final
 
 from cosilo_client.config import GIB, SiteConfig
@@ -22,6 +23,7 @@ from cosilo_client.daemon import device_environment, site_identity
 from cosilo_client.data import census, open_source
 from cosilo_client.obstacles import explain, trusted_roots
 from cosilo_client.transport import Transport
+from cosilo_common.diffusion.lora import require_peft
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.certificates import CHAIN_BYTES_MAX
 from cosilo_common.identity.folder import Identity
@@ -77,7 +79,7 @@ async def preflight(config: SiteConfig) -> list[Finding]:
     if identity is not None:
         findings += _certificate(identity)
         findings += await _coordinator(config, identity)
-    for what, look in (("data", _data), ("device", _device), ("disk", _disk)):
+    for what, look in (("data", _data), ("device", _device), ("lora", _lora), ("disk", _disk)):
         findings += _guarded(what, config, look)
     return findings
 
@@ -128,8 +130,7 @@ async def _coordinator(config: SiteConfig, identity: Identity) -> list[Finding]:
             count = len(members.everyone())
             findings.append(Finding("membership", Outcome.OK, f"a member, of {count}, in version {members.version}"))
     except Refused as error:
-        hint = f"ask an admin to run cosilo site approve {identity.membership.name}"
-        findings.append(Finding("membership", Outcome.FAILED, error.subject, hint))
+        findings.append(Finding("membership", Outcome.FAILED, error.subject, "read those words to an admin of the federation"))
     except CosiloError as error:
         what = "membership" if findings else "coordinator"
         error = await explain(error, address, identity.membership.federation, trusted_roots(identity.tls), way)
@@ -175,6 +176,16 @@ def _device(config: SiteConfig) -> Iterator[Finding]:
         return
     text = f"{wanted.gpus} x {gpus[0]}" if gpus else f"CPU, {wanted.threads or found['threads']} threads"
     yield Finding("device", Outcome.OK, f"{text} (torch {found['torch']})")
+
+
+def _lora(config: SiteConfig) -> Iterator[Finding]:
+    """An extra: a site without it trains every other run."""
+    try:
+        require_peft("check", "cosilo-client")
+    except CosiloError as error:
+        yield Finding("lora", Outcome.OK, f"no run with [lora] is trained here: peft is not installed; {error.hint}")
+        return
+    yield Finding("lora", Outcome.OK, f"runs with [lora] can be trained here (peft {version('peft')})")
 
 
 def _disk(config: SiteConfig) -> Iterator[Finding]:

@@ -25,8 +25,7 @@ from cosilo_client.config import NetworkTable
 from cosilo_client.coordinator import OnBytes, Refused, SignedRun, Unreachable, UploadHeader
 from cosilo_client.metrics import SiteMetrics
 from cosilo_client.obstacles import explain, trusted_roots
-from cosilo_client.owed import Decline, Owed, Progress
-from cosilo_client.threads import in_thread, opened_in_thread
+from cosilo_client.owed import Decline, Owed, Progress, WeightsStep
 from cosilo_client.transport import AttendCall, Transport, failure, failure_of
 from cosilo_client.wire import RUNS_MAX, hello, owed_from, statement_to
 from cosilo_common.errors import CosiloError
@@ -38,7 +37,9 @@ from cosilo_common.identity.secret_files import read_public
 from cosilo_common.identity.tls import check_tls_files
 from cosilo_common.protocol_version import PROTOCOL_VERSION, version_gap
 from cosilo_common.rpc.v1 import site_pb2
+from cosilo_common.step import expected_step
 from cosilo_common.telemetry import get_logger
+from cosilo_common.threads import in_thread, opened_in_thread
 from cosilo_common.transfer import FileSource, Refusal, TransferError
 
 TRIES_MAX: Final = 6  # of one call in a row that moved nothing while connected; then the next snapshot decides
@@ -115,7 +116,8 @@ class Session:
     # What participation asks
 
     async def fetch(self, owed: Owed, forced: bool, on_bytes: OnBytes) -> Path:
-        """The round's weights as a file whose digest is right; fetched unless they are here, or if `forced`.
+        """The round's weights as a file whose digest is right; fetched unless they are here, or if `forced`. Where the weights that a step
+        leads from are here, only that is fetched.
 
         Raises Refused, Unreachable after TRIES_MAX tries that moved nothing, CosiloError where the disk lacks room or
         the bytes are wrong again and again.
@@ -125,7 +127,33 @@ class Session:
             found = await in_thread(self._cache.find, owed.base_digest)
             if found is not None:
                 return found
+            if owed.step is not None and await in_thread(self._cache.has, owed.step.base):
+                stepped = await self._stepped(owed, owed.step, on_bytes)
+                if stepped is not None:
+                    return stepped
+                in_vain = owed.step.bytes
+                return await self._fetched(owed.base_digest, owed.base_bytes, lambda moved: on_bytes(in_vain + moved))
         return await self._fetched(owed.base_digest, owed.base_bytes, on_bytes)
+
+    async def _stepped(self, owed: Owed, step: WeightsStep, on_bytes: OnBytes) -> Path | None:
+        """The round's weights, made from those that are here; None where that fails: whatever a step does, the whole may be fetched."""
+        self._cache.use(owed.run, step.base, "step from")
+        self._cache.use(owed.run, step.digest, "step")
+        try:
+            base = self._cache.path(step.base)
+            header = await in_thread(expected_step, base, step.base.hex(), owed.base_digest.hex(), owed.base_bytes, step.bytes)
+            if not await in_thread(self._cache.has, step.digest):
+                await self._fetched(step.digest, step.bytes, on_bytes)
+            return await in_thread(self._cache.stepped, header, step.digest, owed.base_bytes)
+        except Unreachable:
+            raise
+        except CosiloError as error:
+            log.warning("no step to the round's weights: fetching them whole", round=owed.label, reason=str(error))
+            await in_thread(self._cache.forget, step.digest)
+            return None
+        finally:
+            self._cache.release(owed.run, "step")
+            self._cache.release(owed.run, "step from")
 
     async def fetch_base(self, run: bytes, digest: bytes, size_bytes: int, on_bytes: OnBytes) -> Path:
         """The frozen base of a run's adapters, by the digest and length that its signed manifest names. Raises as `fetch`."""

@@ -21,7 +21,6 @@ from cosilo_client.ledger import RoundState
 from cosilo_client.metrics import SiteMetrics
 from cosilo_client.owed import Activity, Owed, Progress
 from cosilo_client.spending import Spending
-from cosilo_client.threads import in_thread
 from cosilo_client.trainer.jobs import EvaluateJob, FailureCode, Job, MomentsJob, Result, TrainerFailed, TrainJob
 from cosilo_client.trainer.jobs import Progress as TrainerProgress
 from cosilo_common.diffusion.lora import LoraBase
@@ -30,6 +29,7 @@ from cosilo_common.encoding import Encoding
 from cosilo_common.manifest import Manifest
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_common.telemetry import get_logger
+from cosilo_common.threads import in_thread
 from cosilo_common.transfer import require_free_bytes
 
 SPACE_MARGIN_BYTES: Final = 64 << 20  # for the ledger, the log and whatever else shares the disk

@@ -9,7 +9,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from cosilo_client.owed import Decline, Owed, Phase, Progress
+from cosilo_client.owed import Decline, Owed, Phase, Progress, WeightsStep
 from cosilo_common.canonical import check_name
 from cosilo_common.errors import CosiloError
 from cosilo_common.framing import data_of, frame_data
@@ -66,6 +66,7 @@ def owed_from(message: site_pb2.Assignment) -> Owed:
         delivered=message.delivered,
         deadline_s=message.deadline_s,
         reason=message.reason[:REASON_CHARS_MAX],
+        step=_step(message.step) if message.HasField("step") else None,
     )
 
 
@@ -105,6 +106,13 @@ def chunk_from(message: bytes) -> tuple[memoryview, int]:
     except DecodeError:
         raise CosiloError("fetch", "a chunk is not a message of this protocol", "tell the coordinator's admin") from None
     return memoryview(parsed.data), parsed.total_bytes
+
+
+def _step(message: site_pb2.Step) -> WeightsStep:
+    for field, digest in (("step.digest", message.digest), ("step.base_digest", message.base_digest)):
+        if len(digest) != DIGEST_BYTES:
+            raise _bad(field, f"{len(digest)} bytes, not {DIGEST_BYTES}")
+    return WeightsStep(message.digest, message.base_digest, message.bytes)
 
 
 def _name(field: str, name: str) -> str:

@@ -86,6 +86,12 @@ class Deadlines(_Plain):
     revealing_s: Seconds = 120.0
 
 
+class DownlinkTerms(_Plain):
+    """Every checkpoint is rounded to a step from the one before it, so that a site that holds that one fetches `bits` a value (step.py)."""
+
+    bits: Literal[24] = 24
+
+
 class CardTerms(_Plain):
     """What the model card of an exported checkpoint may say. license: as model hubs list them, such as cc-by-4.0; empty for none.
 
@@ -177,6 +183,7 @@ class Manifest(_Plain):
     warm_start: WarmStartTerms | None = None
     lora: Lora | None = None
     correction: CorrectionTerms | None = None
+    downlink: DownlinkTerms | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -200,6 +207,10 @@ class Manifest(_Plain):
         self.split.base_table  # noqa: B018 - building it checks names, shapes and order, and that something is left to sum
         if self.training.control_variates and self.encoding.bits == 24:
             raise ValueError("control_variates need encoding.bits = 32: b = 24 lives on clip ranges that follow each tensor's own changes")
+        if self.training.control_variates and self.downlink is not None:
+            raise ValueError(
+                "downlink: a checkpoint with control_variates is fetched whole: its model stands in two files, which must agree"
+            )
         if self.correction is not None and (self.training.personal or self.training.control_variates or self.lora is not None):
             raise ValueError("correction: needs a whole model at the coordinator: no personal layers, control_variates or lora")
         if self.correction is not None and self.correction.sampler_steps > self.schedule.train_timesteps:

@@ -21,6 +21,7 @@ from cosilo_common.diffusion.parts import Split
 from cosilo_common.encoding import Encoding, OpenedTail, SumRefused, Words
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest, ServerOptimiserTerms
+from cosilo_common.step import StepHeader, make_step, seal_step
 from cosilo_common.transfer import require_free_bytes
 from cosilo_common.weights import BLOCK_WORDS, TensorTable, Vector, WeightsWriter, open_vector
 from cosilo_server.artifacts import Artifacts
@@ -53,12 +54,13 @@ class Opening(Protocol):
 class Checkpoint:
     """The global model after a round: the digests of its three artifacts.
 
-    weights is what sites fetch; ema and optimiser stay at the coordinator.
+    weights is what sites fetch; ema and optimiser stay at the coordinator. step: that to the weights from those before, "" for none.
     """
 
     weights: str
     ema: str
     optimiser: str
+    step: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Aggregation:
     moves them, and every checkpoint has what the first one had. frozen: of those that nobody trains, likewise.
     controlled: with SCAFFOLD's control variates: weights are then what sites fetch, the model and c, and the model alone stands in the
     EMA's place, as its own average where ema_decay is 0.
+    steps: whether weights are rounded to a step that sites may fetch instead (`Manifest.downlink`).
     """
 
     artifacts: Artifacts
@@ -93,6 +96,7 @@ class Aggregation:
     personal: frozenset[str] = frozenset()
     controlled: bool = False
     frozen: frozenset[str] = frozenset()
+    steps: bool = False
 
     @property
     def split(self) -> Split:
@@ -133,7 +137,8 @@ class Aggregation:
         opening.
         """
         self._require_fit()
-        require_free_bytes(self.artifacts.root, _WORD_BYTES * ((5 if self.controlled else 4) * self.table.size + BLOCK_WORDS))
+        models = 5 if self.controlled or self.steps else 4
+        require_free_bytes(self.artifacts.root, _WORD_BYTES * (models * self.table.size + BLOCK_WORDS))
         with ExitStack() as files:
             step = _Step(self, base, opening.provisional_tail(), files)
             for start, words in opening:
@@ -168,7 +173,15 @@ def aggregation_of(manifest: Manifest, artifacts: Artifacts, encoding: Encoding)
     """A run's way by its manifest."""
     split = manifest.split
     return Aggregation(
-        artifacts, split.table, encoding, manifest.server_optimiser, manifest.ema_decay, split.personal, split.controlled, split.frozen
+        artifacts,
+        split.table,
+        encoding,
+        manifest.server_optimiser,
+        manifest.ema_decay,
+        split.personal,
+        split.controlled,
+        split.frozen,
+        manifest.downlink is not None,
     )
 
 
@@ -191,7 +204,9 @@ class _Step:
         if not 0 <= steps < STEPS_MAX:
             raise CosiloError(_STEP, f"optimiser {base.optimiser}: {steps} steps", "restore it from a backup")
         self._decay = ema_decay_at(run.ema_decay, steps)
+        self._base = base.weights
         self._paths = [files.enter_context(run.artifacts.scratch()) for _ in range(3)]
+        self._step_path = files.enter_context(run.artifacts.scratch()) if run.steps else None
         self._writers = files.enter_context(ExitStack())
         weights_path, ema_path, state_path = self._paths
         self._weights = self._writers.enter_context(WeightsWriter(weights_path, split.base_table))
@@ -270,10 +285,18 @@ class _Step:
         """Put the files on disk and into the store; raises CosiloError where a block is missing."""
         self._writers.close()
         weights_path, ema_path, state_path = self._paths
+        if self._step_path is not None:  # the moving average has followed the weights as they were: by less than a step's rounding
+            make_step(self._run.artifacts.path(self._base), weights_path, self._step_path)
         paths = [weights_path, state_path, *([ema_path] if self._ema is not None else [])]
         with ThreadPoolExecutor(len(paths), thread_name_prefix="checkpoint") as pool:  # digests and fsyncs of three files, side by side
             weights, state, *ema = pool.map(self._run.artifacts.put_file, paths)
-        return Checkpoint(weights, ema[0] if ema else weights, state)
+        return Checkpoint(weights, ema[0] if ema else weights, state, self._put_step(weights))
+
+    def _put_step(self, weights: str) -> str:
+        if self._step_path is None:
+            return ""
+        seal_step(self._step_path, StepHeader(self._base, weights, self._run.split.base_table.size))
+        return self._run.artifacts.put_file(self._step_path)
 
 
 class SharedRuns:

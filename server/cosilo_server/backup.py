@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,6 +66,15 @@ class Backup:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Newest:
+    """A run's newest checkpoint in a backup. run: hex; weights: a safetensors file named by its SHA-256."""
+
+    run: str
+    round: int
+    weights: Path
+
+
 def back_up(config_file: Path, to: Path) -> Backup:
     """Writes a backup of a coordinator, running or not, into a new or empty folder. Raises CosiloError; then the folder has no backup.json."""
     config = CoordinatorConfig.read(config_file)
@@ -106,6 +117,13 @@ def back_up(config_file: Path, to: Path) -> Backup:
 def read_backup(folder: Path) -> Backup:
     """Verifies a backup, every byte. Raises CosiloError where it was never finished or a file is missing or changed."""
     return _summary(_verified(folder))
+
+
+def newest_weights(folder: Path) -> list[Newest]:
+    """Of each run in a finished backup, its newest checkpoint: what a federation that begins anew can train on from."""
+    with closing(sqlite3.connect(f"{(folder / _DATABASE).resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
+        rows = database.execute("SELECT run, MAX(round), weights FROM checkpoints GROUP BY run ORDER BY MAX(created_at)").fetchall()
+    return [Newest(run.hex(), number, folder / _ARTIFACTS / weights.hex()) for run, number, weights in rows]
 
 
 def restore(folder: Path, config_file: Path) -> Backup:

@@ -29,7 +29,7 @@ from cosilo_server.aggregation import Checkpoint, aggregation_of
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.correction import Corrector
 from cosilo_server.early_sum import EarlySum
-from cosilo_server.rounds.state import Round
+from cosilo_server.rounds.state import Round, WeightsStep
 from cosilo_server.secagg import SumOpening, reconstruct
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store, StoredCheckpoint
@@ -121,6 +121,12 @@ class RoundCloser:
                 with _Upload(self._spool.path(run.hex(), state.number, site)) as whole:
                     early.add(site, whole.read_into, upload.digest)
 
+    def forget(self, run: bytes, number: int) -> None:
+        """Lets go of what `sum_early` holds for a round that is over. To be called while it adds nothing."""
+        with self._summing:
+            if self._early.get(run, (0, 0))[0] == number:
+                del self._early[run]
+
     def _summed_early(self, state: Round) -> EarlySum | None:
         """What `sum_early` made of these survivors' uploads, once it has ended with the one it is at."""
         with self._summing:
@@ -142,6 +148,8 @@ class RoundCloser:
             digests = {name: upload.digest for name in rest if (upload := state.sites[name].upload) is not None}
             with step("reconstruct"):
                 masks = self._masks(manifest, state)
+            if early is not None:
+                files.enter_context(early)
             opening = SumOpening(encoding, sources, digests, masks, OPENING_LANES, early)
             try:
                 with step("sum and write"):
@@ -181,6 +189,7 @@ class RoundCloser:
             optimiser=bytes.fromhex(made.optimiser),
             bytes=self._artifacts.size(made.weights),
             created_at=self._now(),
+            step=WeightsStep(bytes.fromhex(made.step), state.base_digest, self._artifacts.size(made.step)) if made.step else None,
         )
         outcome = replace(_outcome(aggregate.tail, aggregate.update_norm), tensor_peaks=aggregate.tensor_peaks)
         return replace(outcome, corrected=correction.done, note=correction.note), stored

@@ -10,20 +10,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy.exc import DatabaseError
 
-from cosilo_common.canonical import sha256
-from cosilo_common.clip_ranges import round_encoding
 from cosilo_common.errors import CosiloError
 from cosilo_common.manifest import Manifest, Participant
 from cosilo_common.secagg.messages import RoundKind
-from cosilo_server.closing import RoundCloser, RoundOutcome
+from cosilo_server.closing import RoundCloser
+from cosilo_server.live_run import LiveRun
 from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.opening import SumOpener
 from cosilo_server.rounds.assignments import Assignment, assignment_for
 from cosilo_server.rounds.events import (
     Connected,
@@ -42,10 +40,11 @@ from cosilo_server.rounds.events import (
     Tick,
     UploadReceived,
 )
-from cosilo_server.rounds.machine import begin, step
+from cosilo_server.rounds.machine import step
 from cosilo_server.rounds.state import DeclineCode, Phase, Round
 from cosilo_server.spool import Spool
-from cosilo_server.store import Pause, Store, StoredCheckpoint, StoredRun, terms_of
+from cosilo_server.starting import RoundStarter
+from cosilo_server.store import Pause, Store, StoredRun
 from cosilo_server.trace import RoundTrace
 
 log = structlog.get_logger(__name__)
@@ -55,32 +54,7 @@ TICK_S = 0.5  # deadlines are tens of seconds: half a second late is nothing, an
 BACKOFF_FIRST_S = 2.0  # after an abandoned round; doubles with each further one
 RECHECK_S = 5.0  # after a refusal that is not the sites' doing, such as a full disk
 BACKOFF_MAX_S = 300.0  # a federation whose sites come back after a weekend starts within five minutes
-_FLOAT_BYTES = 4
-_CHECKPOINT_FILES = 4  # weights, ema and two moments at most
-
-
-@dataclass
-class LiveRun:
-    """A run with what is not in the store: its newest round, and why nothing moves."""
-
-    run: bytes
-    manifest: Manifest
-    round: Round | None = None
-    not_before: float = 0.0
-    note: str = ""
-    paused: Pause | None = None  # no round starts
-    opened: tuple[RoundOutcome, StoredCheckpoint | None] | None = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    orders: int = 0  # given in this process
-    orders_done: int = -1  # how many had been given when none was found open; -1 while one may be
-    reached: dict[str, int] = field(default_factory=dict)  # rounds that sites have begun and this store has not: it is a restored one
-
-    @property
-    def floor(self) -> int:
-        """The highest round that is over for good: begun here, or at more sites, by their word, than may lie."""
-        claims = sorted(self.reached.values(), reverse=True)
-        f = self.manifest.f
-        return max(self.round.number if self.round else 0, claims[f] if len(claims) > f else 0)
+_STAND = "they stay asked for, and start by themselves once they can: cosilo run list says why not, cosilo run stop takes them back"
 
 
 class Conductor:
@@ -99,15 +73,15 @@ class Conductor:
     ) -> None:
         self._store = store
         self._spool = spool
-        self._closer = closer
         self._metrics = metrics
         self._now = now or _steady_clock()
         self.trace = RoundTrace(store.spans, self._now)
+        self._starter = RoundStarter(store, spool, self._now)
+        self._opener = SumOpener(closer, self.trace, metrics)
         self._runs: dict[bytes, LiveRun] = {}
         self._connected: dict[str, int] = {}
         self._watchers: dict[asyncio.Event, None] = {}  # in the order of their coming, so that a simulation replays
         self._tasks: set[asyncio.Task[None]] = set()
-        self._summing = asyncio.Lock()
         self._working: set[asyncio.Task[Any]] = set()  # begun for a caller who may be gone
         self._on_round: Callable[[Round], None] = lambda state: None
         self._may_come: Callable[[Participant], bool] = lambda participant: True
@@ -120,13 +94,13 @@ class Conductor:
         """Loads every run, resumes rounds in progress, drops spools of rounds that are over, and begins to tick."""
         for stored in await asyncio.to_thread(self._store.runs):
             await self.adopt(stored)
-        live = {(r.run.hex(), r.round.number) for r in self._runs.values() if r.round and not r.round.ended}
+        live = {(r.run.hex(), state.number) for r in self._runs.values() if (state := r.under_way())}
         for run, number in await asyncio.to_thread(self._spool.rounds):
             if (run, number) not in live:
                 await asyncio.to_thread(self._spool.discard_round, run, number)
         for record in self._runs.values():
-            if record.round is not None and not record.round.ended:
-                log.info("round resumed", run=record.run.hex(), round=record.round.number, phase=record.round.phase)
+            if state := record.under_way():
+                log.info("round resumed", run=record.run.hex(), round=state.number, phase=state.phase)
                 await self.handle(record.run, Resumed())
         self._spawn(self._tick_for_ever())
 
@@ -158,9 +132,7 @@ class Conductor:
     def note(self, run: bytes) -> str:
         """Why a run does not move, where it does not."""
         record = self._runs.get(run)
-        if record is None:
-            return ""
-        return record.note if record.paused is None else record.paused.words
+        return record.standstill if record else ""
 
     def runs_of(self, site: str) -> list[bytes]:
         """Runs that name the site as a participant, oldest first."""
@@ -191,40 +163,29 @@ class Conductor:
             self._watchers.pop(changed, None)
 
     async def order(self, run: bytes, kind: RoundKind, rounds: int) -> int:
-        """Asks for rounds; returns the number of the first. Raises CosiloError where the manifest allows no more, or the run is paused."""
+        """Asks for rounds; returns the number of the first.
+
+        Raises CosiloError where the manifest allows no more, or the run is paused; and where there is no room for the first of them now, which is
+        asked for all the same.
+        """
         record = self._known(run)
-        if record.paused is not None:
-            raise CosiloError(
-                "start rounds",
-                f"run {record.manifest.name} is {record.paused.words}",
-                f"let it go on: cosilo run resume {run.hex()[:12]}",
-            )
-        newest = record.floor
-        if newest + rounds > record.manifest.rounds_max:
-            raise CosiloError(
-                "start rounds",
-                f"run {record.manifest.name} allows {record.manifest.rounds_max} rounds and has had {newest}; {rounds} more were asked for",
-                "ask for fewer, or create a run with a higher rounds_max",
-            )
-        if kind is RoundKind.MOMENTS and record.manifest.evaluation is None:
-            raise CosiloError(
-                "start rounds",
-                f"run {record.manifest.name} names no extractor, so it has no moments rounds",
-                "create a run whose file has an [evaluation] table",
-            )
+        first = record.first_of(kind, rounds)
         await asyncio.to_thread(self._store.add_order, run, kind, rounds)
         record.orders += 1
         record.not_before, record.note = 0.0, ""
         self.announce()
-        await self._whole(self._start_next(record))
-        return newest + 1
+        try:
+            await self._whole(self._start_next(record))
+        except CosiloError as error:  # the order is stored, and every look of the clock tries it again
+            raise CosiloError(error.operation, error.subject, "; ".join(filter(None, (error.hint, _STAND)))) from None
+        return first
 
     async def stop_run(self, run: bytes, abandon: bool) -> None:
         """No further rounds start; the one in progress is abandoned if asked."""
         record = self._known(run)
         await asyncio.to_thread(self._store.set_stopped, run, True)
         record.note, record.paused = "stopped by an admin", None
-        if abandon and record.round is not None and not record.round.ended:
+        if abandon and record.under_way():
             await self.handle(run, Stopped("stopped by an admin"))
         self.announce()
 
@@ -235,7 +196,7 @@ class Conductor:
         """
         record = self._known(run)
         await self._whole(self._pause(record, pause))
-        if abandon and record.round is not None and not record.round.ended:
+        if abandon and record.under_way():
             await self.handle(run, Stopped(pause.words))
         self.announce()
 
@@ -251,14 +212,8 @@ class Conductor:
     def note_reached(self, run: bytes, site: str, reached: int) -> None:
         """A site has begun rounds that are not known here, as after a restore: the next one is to be above them. No one site can raise it."""
         record = self._known(run)
-        if record.round is None or reached <= record.round.number or site not in record.round.sites:
-            return
-        before = record.floor
-        record.reached[site] = reached
-        if record.floor > before:
-            log.warning(
-                "sites are ahead: rounds are passed over", run=run.hex()[:12], begun_here=record.round.number, next=record.floor + 1
-            )
+        if record.note_reached(site, reached):
+            log.warning("sites are ahead: rounds are passed over", run=run.hex()[:12], begun_here=record.begun, next=record.floor + 1)
 
     async def attend(self, site: str, present: bool) -> None:
         """A site's stream opened or ended; a site counts as connected while it has any."""
@@ -271,14 +226,14 @@ class Conductor:
             return
         self._metrics.sites_connected.set(len(self.connected_sites()))
         for record in list(self._runs.values()):
-            if record.round is not None and not record.round.ended and site in record.round.sites:
+            if record.waits_for(site):
                 await self.handle(record.run, Connected(site) if present else Disconnected(site))
         self.announce()
 
     async def left(self, site: str) -> None:
         """A site left for good: rounds in progress wait for it no longer."""
         for record in list(self._runs.values()):
-            if record.round is not None and not record.round.ended and site in record.round.sites:
+            if record.waits_for(site):
                 await self.handle(record.run, Declined(site, DeclineCode.NOT_ACCEPTED))
 
     async def handle(self, run: bytes, event: Event, number: int | None = None) -> str:
@@ -353,56 +308,23 @@ class Conductor:
                 case EndRound():
                     await self._end(record, after)
         if isinstance(event, UploadReceived) and not refused and after.phase is Phase.UPLOADING:  # after the last one the sum is opened
-            self._spawn(self._sum_early(record, after, event.site))
+            self._spawn(self._opener.add(after, event.site, lambda: record.round))
         if after.phase is not before.phase:
             await asyncio.to_thread(self.trace.flush, record.run, after.number, over=after.ended)
         return refused
 
     async def _persist(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
         with _persisting(after.number):  # where it fails the round stays where it was; whoever sent the event tries again
-            await self._write(record, before, after, event)
-
-    async def _write(self, record: LiveRun, before: Round, after: Round, event: Event) -> None:
-        if isinstance(event, SumOpened):
-            assert record.opened is not None
-            outcome, checkpoint = record.opened
-            await asyncio.to_thread(self._store.close_round, after, outcome.to_json(), checkpoint)
-            return
-        site = getattr(event, "site", "")
-        await asyncio.to_thread(self._store.save_round, after, _what(event, before, after), site)
-
-    async def _sum_early(self, record: LiveRun, state: Round, site: str) -> None:
-        """Adds an upload to the round's sum while others are on their way; one at a time, so that transfers keep their threads."""
-        async with self._summing:
-            current = record.round
-            if current is None or (current.number, current.attempt, current.phase) != (state.number, state.attempt, Phase.UPLOADING):
-                return
-            try:
-                with self.trace.step(state, "sum early"):
-                    await asyncio.to_thread(self._closer.sum_early, state, site)
-            except (CosiloError, OSError) as error:  # the uploads stand, and the sum is opened from them
-                log.warning("no sum before the last upload", run=record.run.hex()[:12], round=state.number, reason=str(error))
+            if isinstance(event, SumOpened):
+                assert record.opened is not None
+                outcome, checkpoint = record.opened
+                await asyncio.to_thread(self._store.close_round, after, outcome.to_json(), checkpoint)
+            else:
+                await asyncio.to_thread(self._store.save_round, after, _what(event, before, after), getattr(event, "site", ""))
 
     async def _open(self, record: LiveRun, state: Round) -> None:
-        """Opens the sum in a thread; the round closes, or is abandoned with the reason."""
-        began = time.monotonic()
-        ended: SumOpened | SumRefused
-        try:
-            record.opened = await asyncio.to_thread(self._closer.open, record.manifest, state, partial(self.trace.step, state))
-            outcome, checkpoint = record.opened
-            terms = record.manifest.correction
-            if state.kind is RoundKind.TRAIN and terms is not None and terms.due(state.number) and not outcome.corrected:
-                log.warning("average not corrected", run=record.run.hex()[:12], round=state.number, reason=outcome.note)
-            self._metrics.sum_opened(record.run, outcome, time.monotonic() - began)
-            ended = SumOpened(checkpoint.weights if checkpoint else state.base_digest)
-        except CosiloError as error:
-            log.error("sum refused", run=record.run.hex()[:12], round=state.number, reason=str(error))
-            ended = SumRefused(str(error))
-        except OSError as error:
-            ended = SumRefused(f"opening the sum: {error}")
-        except Exception as error:  # no site and no deadline ends this phase: a fault of this program must
-            log.exception("sum not opened", run=record.run.hex()[:12], round=state.number)
-            ended = SumRefused(f"opening the sum failed: {type(error).__name__}")
+        """Opens the sum; the round closes, or is abandoned with the reason."""
+        record.opened, ended = await self._opener.open(record.manifest, state)
         await self._insist(record.run, ended, state.number)
 
     async def _insist(self, run: bytes, ended: SumOpened | SumRefused, number: int) -> None:
@@ -426,6 +348,7 @@ class Conductor:
     async def _end(self, record: LiveRun, state: Round) -> None:
         self._on_round(state)
         record.opened = None
+        self._spawn(self._opener.forget(state))
         self.round_over.set()
         await asyncio.to_thread(self._spool.discard_round, record.run.hex(), state.number)
         if state.reason:
@@ -439,53 +362,23 @@ class Conductor:
     async def _start_next(self, record: LiveRun) -> None:
         """Starts the next round that was asked for, once enough participants are connected."""
         async with record.lock:
-            if record.paused is not None or (record.round is not None and not record.round.ended) or self._now() < record.not_before:
+            if record.paused is not None or record.under_way() or self._now() < record.not_before:
                 return
             given = record.orders
             order = await asyncio.to_thread(self._store.open_order, record.run)
             record.orders_done = given if order is None else -1
             if order is None:
                 return
-            terms = terms_of(record.manifest)
-            present = self.connected_sites() & set(terms.participants)
-            if len(present) < terms.least_invited:
-                record.note = f"waiting: {len(present)} of the {terms.least_invited} sites that a round needs are connected"
+            state = await self._starter.next_round(record, order.kind, self.connected_sites(), self._may_come)
+            if state is None:
                 return
-            encoding = round_encoding(record.manifest, order.kind, await self._tensor_peaks(record))
-            upload_bytes, model_bytes = encoding.wire_bytes, _FLOAT_BYTES * record.manifest.tensor_table.size
-            self._spool.require_room(len(present) * upload_bytes + _FLOAT_BYTES * encoding.length + _CHECKPOINT_FILES * model_bytes)
-            number = record.floor + 1
-            if number > record.manifest.rounds_max:
-                record.note = f"the manifest's {record.manifest.rounds_max} rounds are spent"
-                return
-            base = await asyncio.to_thread(self._store.newest_checkpoint, record.run)
-            assert base is not None  # a run is stored together with its untrained checkpoint
-            state, effects = begin(
-                run=record.run,
-                number=number,
-                kind=order.kind,
-                terms=terms,
-                base_digest=base.weights,
-                base_bytes=base.bytes,
-                encoding=encoding.canonical(),
-                seed=sha256(bytes.fromhex(record.manifest.nonce) + number.to_bytes(8, "big")),
-                connected=present,
-                now=self._now(),
-                gone=[p.name for p in record.manifest.participants if not self._may_come(p)],
-            )
-            assert not effects or state.ended
-            with _persisting(number):
+            with _persisting(state.number):
                 await asyncio.to_thread(self._store.begin_round, state)
             self._on_round(state)
             record.round, record.note = state, ""
             self._metrics.round_began(state)
-            log.info("round started", run=record.run.hex()[:12], round=number, kind=order.kind, phase=state.phase)
+            log.info("round started", run=record.run.hex()[:12], round=state.number, kind=order.kind, phase=state.phase)
         self.announce()
-
-    async def _tensor_peaks(self, record: LiveRun) -> tuple[float, ...]:
-        """What the run's last closed training round moved in each tensor, at most; none before it, and at b = 32."""
-        outcome = await asyncio.to_thread(self._store.last_training_outcome, record.run)
-        return RoundOutcome.from_json(outcome).tensor_peaks if outcome else ()
 
     async def _tick_for_ever(self) -> None:
         while True:
@@ -497,8 +390,8 @@ class Conductor:
     async def _go_on(self, record: LiveRun) -> None:
         """Lets a run's deadlines pass, or its next round start. What hinders it is noted, and the next tick tries again."""
         try:
-            if record.round is not None and not record.round.ended:
-                if step(record.round, Tick(), self._now()) != (record.round, ()):  # most ticks move nothing
+            if state := record.under_way():
+                if step(state, Tick(), self._now()) != (state, ()):  # most ticks move nothing
                     await self.handle(record.run, Tick())
             elif record.orders_done != record.orders:
                 await self._start_next(record)
@@ -542,13 +435,9 @@ def _persisting(number: int) -> Iterator[None]:
 
 
 def _what(event: Event, before: Round, after: Round) -> str:
-    return (
-        type(event).__name__
-        if not isinstance(event, Tick | Progressed)
-        else f"{before.phase} ended"
-        if after.phase != before.phase
-        else "late"
-    )
+    if not isinstance(event, Tick | Progressed):
+        return type(event).__name__
+    return f"{before.phase} ended" if after.phase != before.phase else "late"
 
 
 def _steady_clock() -> Callable[[], float]:

@@ -47,7 +47,7 @@ from cosilo_common.telemetry import configure_logging, serve_telemetry
 from cosilo_common.transfer import free_bytes
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.authority import Authority
-from cosilo_server.backup import back_up, check_restored, data_folder_after, read_backup
+from cosilo_server.backup import back_up, check_restored, data_folder_after, newest_weights, read_backup
 from cosilo_server.backup import restore as put_back
 from cosilo_server.certificates import CertificateBook
 from cosilo_server.closing import RoundCloser
@@ -114,6 +114,8 @@ def backup(
     with _in_words():
         made = back_up(config, to)
         typer.echo(f"{to}: backup of {made.federation}, {made.files} files, {made.bytes} bytes; it holds keys: keep it like them")
+        for newest in newest_weights(to):
+            typer.echo(f"run {newest.run[:12]}, newest weights, of round {newest.round}: {newest.weights}")
 
 
 @app.command()
@@ -216,7 +218,7 @@ class Coordinator:
         self._members.on_change(announce)
         self._rotation.on_change(announce)
         desk = EnrolmentDesk(self._authority, StoredInvitations(self._store), self._members)
-        gate = Gate(config.federation, self._members.is_member, self.metrics, self._certificates)
+        gate = Gate(config.federation, self._members.is_member, self.metrics, self._certificates, self._members.was_removed)
         ca = CaDesk(self._rotation, self._authority, self._certificates, self._members)
         uploads = UploadDesk(self.conductor, self._store, self._spool, self.metrics)
         registry = RunRegistry(

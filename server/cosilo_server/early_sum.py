@@ -33,6 +33,7 @@ class EarlySum:
         self._checks: list[int] = []  # CRC-32 of each chunk, as it was written: the disk is not believed
         self._digests: dict[str, bytes] = {}
         self._broken = False
+        self._fd = -1  # while it is read
         self._raw = np.empty(wire_size(CHUNK_WORDS, bits), dtype=np.uint8)
         self._words, self._unpacked = np.empty(CHUNK_WORDS, dtype=WORD), np.empty(CHUNK_WORDS, dtype=WORD)
 
@@ -83,13 +84,18 @@ class EarlySum:
         self._digests[site] = digest
         self._broken = False
 
+    def __enter__(self) -> EarlySum:
+        """Opens the sum for `load`, until the `with` block ends. Raises OSError where the file is gone."""
+        self._fd = os.open(self._path, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
     def load(self, chunk: int, out: Words) -> None:
-        """Fills `out` with a chunk of the sum, not reduced. Raises CosiloError where the file is not as it was written."""
-        fd = os.open(self._path, os.O_RDONLY)
-        try:
-            self._load(fd, chunk, out)
-        finally:
-            os.close(fd)
+        """Fills `out` with a chunk of the sum, not reduced, within a `with` block. Raises CosiloError where the file is not as it was written."""
+        self._load(self._fd, chunk, out)
 
     def _load(self, fd: int, chunk: int, out: Words) -> None:
         got = os.preadv(fd, [out.data.cast("B")], 4 * CHUNK_WORDS * chunk)

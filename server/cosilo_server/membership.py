@@ -75,6 +75,10 @@ class StoredMembers:
         enrolled = self._store.enrolled_with(peer.key_digest)
         return not enrolled or (entry.role.value, entry.name, entry.key) in enrolled
 
+    def was_removed(self, name: str) -> bool:
+        """Whether an admin revoked this name, and nobody has readmitted it."""
+        return name in self._newest.list.removed
+
     def has_site(self, name: str, key: bytes) -> bool:
         """Whether a site of this name and Ed25519 key (32 bytes) is a member and did not leave."""
         entry = self._newest.member(name)

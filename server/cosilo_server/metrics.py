@@ -45,6 +45,7 @@ class CoordinatorMetrics:
         self.global_loss = Gauge("cosilo_global_loss", "Mean held-out loss of the weights a round started from", ["run"], registry=registry)
         self.update_norm = Gauge("cosilo_update_norm", "L2 norm of the mean update", ["run"], registry=registry)
         self.clipped_ratio = Gauge("cosilo_clipped_ratio", "Share of update values clipped by the encoding", ["run"], registry=registry)
+        self.corrections_failed = Counter("cosilo_corrections_failed", "Averages that were to be corrected and were not", registry=registry)
         self.audit_failures = Counter("cosilo_audit_failures", "Entries that could not be written to the audit log", registry=registry)
         self.certificate_expiry = Gauge(
             "cosilo_certificate_expiry_timestamp_seconds", "When a certificate ends", ["subject"], registry=registry

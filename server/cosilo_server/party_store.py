@@ -90,6 +90,11 @@ class PartyStore:
             row = db.execute(select(m.c.list).order_by(m.c.version.desc(), m.c.revision.desc()).limit(1)).first()
         return None if row is None else bytes(row[0])
 
+    def was_member(self, key: bytes) -> bool:
+        """Whether a members list that was ever stored names this Ed25519 key."""
+        with reading(self._engine) as db:
+            return any(key.hex().encode() in bytes(row[0]) for row in db.execute(select(schema.members.c.list)))
+
     def put_members(self, version: int, revision: int, data: bytes) -> bool:
         """Stores a members list; False where that version and revision stand already."""
         row = {"version": version, "revision": revision, "list": data, "at": self._now()}

@@ -11,18 +11,18 @@ from sqlalchemy import (
     Column,
     Connection,
     Float,
+    ForeignKey,
     ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
     MetaData,
-    PrimaryKeyConstraint,
     String,
     Table,
     Text,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -50,7 +50,7 @@ invitations = Table(
 enrolments = Table(
     "enrolments",
     metadata,
-    Column("token_public", LargeBinary, primary_key=True),
+    Column("token_public", LargeBinary, ForeignKey("invitations.token_public"), primary_key=True),
     Column("name", String(63), nullable=False),
     Column("role", String(16), nullable=False),
     Column("signing_key", LargeBinary, nullable=False),
@@ -58,16 +58,14 @@ enrolments = Table(
     Column("certificate_chain", LargeBinary, nullable=False),
     Column("enrolled_unix_s", Integer, nullable=False),
     Column("endorsement", LargeBinary, nullable=False),  # empty where there was no pre-approval
-    ForeignKeyConstraint(["token_public"], ["invitations.token_public"]),
 )
 
 # Tries of an invitation's token with a signature, a name or a CSR that is not its own; a few burn it.
 wrong_tries = Table(
     "wrong_tries",
     metadata,
-    Column("token_public", LargeBinary, primary_key=True),
+    Column("token_public", LargeBinary, ForeignKey("invitations.token_public"), primary_key=True),
     Column("tries", Integer, nullable=False),
-    ForeignKeyConstraint(["token_public"], ["invitations.token_public"]),
 )
 
 runs = Table(
@@ -85,11 +83,10 @@ runs = Table(
 paused_runs = Table(
     "paused_runs",
     metadata,
-    Column("run", LargeBinary, primary_key=True),
+    Column("run", LargeBinary, ForeignKey("runs.run"), primary_key=True),
     Column("admin", String(63), nullable=False),
     Column("reason", String(200), nullable=False),
     Column("since", Float, nullable=False),
-    ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
 # What admins asked for: rounds of a kind, worked off in the order of their ids.
@@ -97,40 +94,36 @@ orders = Table(
     "orders",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("run", LargeBinary, nullable=False),
+    Column("run", LargeBinary, ForeignKey("runs.run"), nullable=False),
     Column("kind", String(16), nullable=False),
     Column("wanted", Integer, nullable=False),
     Column("closed", Integer, nullable=False, default=0),
     Column("cancelled", Integer, nullable=False, default=0),
     Column("ordered_at", Float, nullable=False),
-    ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
 rounds = Table(
     "rounds",
     metadata,
-    Column("run", LargeBinary, nullable=False),
-    Column("number", Integer, nullable=False),
+    Column("run", LargeBinary, ForeignKey("runs.run"), primary_key=True),
+    Column("number", Integer, primary_key=True),
     Column("kind", String(16), nullable=False),
     Column("started_at", Float, nullable=False),
     Column("state", Text, nullable=False),  # rounds/record.py
     Column("phase", String(16), nullable=False),
     Column("bytes_down", Integer, nullable=False, default=0),
     Column("bytes_up", Integer, nullable=False, default=0),
-    Column("outcome", Text, nullable=False, default=""),  # JSON of aggregation.RoundOutcome, once the sum is open
-    PrimaryKeyConstraint("run", "number"),
-    ForeignKeyConstraint(["run"], ["runs.run"]),
+    Column("outcome", Text, nullable=False, default=""),  # JSON of closing.RoundOutcome, once the sum is open
 )
 
 # Messages of rounds in progress, by digest; dropped when the round ends.
 messages = Table(
     "messages",
     metadata,
-    Column("run", LargeBinary, nullable=False),
-    Column("number", Integer, nullable=False),
-    Column("digest", LargeBinary, nullable=False),
+    Column("run", LargeBinary, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("digest", LargeBinary, primary_key=True),
     Column("message", LargeBinary, nullable=False),
-    PrimaryKeyConstraint("run", "number", "digest"),
 )
 
 # What moved each round, for `cosilo round trace` and for people; never replayed.
@@ -169,38 +162,45 @@ spans = Table(
 checkpoints = Table(
     "checkpoints",
     metadata,
-    Column("run", LargeBinary, nullable=False),
-    Column("round", Integer, nullable=False),
+    Column("run", LargeBinary, ForeignKey("runs.run"), primary_key=True),
+    Column("round", Integer, primary_key=True),
     Column("weights", LargeBinary, nullable=False),
     Column("ema", LargeBinary, nullable=False),
     Column("optimiser", LargeBinary, nullable=False),
     Column("bytes", Integer, nullable=False),
     Column("created_at", Float, nullable=False),
-    PrimaryKeyConstraint("run", "round"),
-    ForeignKeyConstraint(["run"], ["runs.run"]),
+)
+
+# How a checkpoint is made from the weights before it (a manifest's downlink): an artifact that stays while that checkpoint is the newest.
+steps = Table(
+    "steps",
+    metadata,
+    Column("run", LargeBinary, primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("base", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["run", "round"], ["checkpoints.run", "checkpoints.round"]),
 )
 
 # Sample grids that were drawn, by the round of their checkpoint; the pictures are artifacts.
 grids = Table(
     "grids",
     metadata,
-    Column("run", LargeBinary, nullable=False),
-    Column("round", Integer, nullable=False),
-    Column("digest", LargeBinary, nullable=False),
+    Column("run", LargeBinary, ForeignKey("runs.run"), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("digest", LargeBinary, primary_key=True),
     Column("created_at", Float, nullable=False),
-    PrimaryKeyConstraint("run", "round", "digest"),
-    ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
 # Checkpoints that an admin keeps whatever the policy says. name: "" for none.
 kept_checkpoints = Table(
     "kept_checkpoints",
     metadata,
-    Column("run", LargeBinary, nullable=False),
-    Column("round", Integer, nullable=False),
+    Column("run", LargeBinary, primary_key=True),
+    Column("round", Integer, primary_key=True),
     Column("name", String(64), nullable=False),
     Column("kept_at", Float, nullable=False),
-    PrimaryKeyConstraint("run", "round"),
     ForeignKeyConstraint(["run", "round"], ["checkpoints.run", "checkpoints.round"]),
 )
 
@@ -208,10 +208,9 @@ kept_checkpoints = Table(
 retired_checkpoints = Table(
     "retired_checkpoints",
     metadata,
-    Column("run", LargeBinary, nullable=False),
-    Column("round", Integer, nullable=False),
+    Column("run", LargeBinary, primary_key=True),
+    Column("round", Integer, primary_key=True),
     Column("at", Float, nullable=False),
-    PrimaryKeyConstraint("run", "round"),
     ForeignKeyConstraint(["run", "round"], ["checkpoints.run", "checkpoints.round"]),
 )
 
@@ -229,10 +228,9 @@ sites_seen = Table(
 left_sites = Table(
     "left_sites",
     metadata,
-    Column("site", String(63), nullable=False),
-    Column("key", LargeBinary, nullable=False),
+    Column("site", String(63), primary_key=True),
+    Column("key", LargeBinary, primary_key=True),
     Column("at", Float, nullable=False),
-    PrimaryKeyConstraint("site", "key"),
 )
 
 # What the adapters of a run stand on (a manifest's lora.base): an artifact that stays for as long as the run does.
@@ -248,12 +246,11 @@ bases = Table(
 certificates_seen = Table(
     "certificates_seen",
     metadata,
-    Column("role", String(16), nullable=False),
-    Column("name", String(63), nullable=False),
+    Column("role", String(16), primary_key=True),
+    Column("name", String(63), primary_key=True),
     Column("key_digest", LargeBinary, nullable=False),
     Column("issuer", String(40), nullable=False),
     Column("expires_at", Float, nullable=False),
-    PrimaryKeyConstraint("role", "name"),
 )
 
 
@@ -263,5 +260,9 @@ def _from_version_1(db: Connection) -> None:
         table.create(db)
 
 
-UPGRADES: Mapping[int, Callable[[Connection], None]] = MappingProxyType({1: _from_version_1})
+def _from_version_2(db: Connection) -> None:
+    steps.create(db)
+
+
+UPGRADES: Mapping[int, Callable[[Connection], None]] = MappingProxyType({1: _from_version_1, 2: _from_version_2})
 """By version: what makes the next one. Grids that were drawn before version 2 are not in the table."""

@@ -88,20 +88,23 @@ class Shelf:
                 db.execute(insert(schema.retired_checkpoints).on_conflict_do_nothing(), rows)
 
     def references(self) -> frozenset[bytes]:
-        """Digests of every artifact that must be there: weights and moving averages on the shelf, the newest optimisers, grids, what
-        adapters stand on, and every moments round's sum: sites give it once.
+        """Digests of every artifact that must be there: weights and moving averages on the shelf, the newest optimisers and steps, grids,
+        what adapters stand on, and every moments round's sum: sites give it once.
 
-        Optimisers go first: the next round needs the newest one, and nobody can ask for an older.
+        Optimisers and steps go first: the next round needs the newest one, and nobody can ask for an older.
         """
         c = schema.checkpoints.c
         newest = select(c.run, func.max(c.round).label("newest")).group_by(c.run).subquery()
         with reading(self._engine) as db:
             shelved = db.execute(select(c.weights, c.ema).where(_standing())).all()
             optimisers = db.execute(select(c.optimiser).join(newest, (c.run == newest.c.run) & (c.round == newest.c.newest))).scalars()
+            s = schema.steps.c
+            steps = db.execute(select(s.digest).join(newest, (s.run == newest.c.run) & (s.round == newest.c.newest))).scalars()
             grids = db.execute(select(schema.grids.c.digest)).scalars()
             bases = db.execute(select(schema.bases.c.digest)).scalars()
             moments = _moments(db)
-            return frozenset(d for d in [*(digest for pair in shelved for digest in pair), *optimisers, *grids, *bases, *moments] if d)
+            digests = [*(digest for pair in shelved for digest in pair), *optimisers, *steps, *grids, *bases, *moments]
+            return frozenset(digest for digest in digests if digest)
 
     def stored(self) -> Mapping[bytes, float]:
         """Digests of every artifact that was ever stored, the retired too, and when last, UTC seconds."""
@@ -109,11 +112,13 @@ class Shelf:
         found: dict[bytes, float] = {}
         with reading(self._engine) as db:
             rows = db.execute(select(c.weights, c.ema, c.optimiser, c.created_at)).all()
+            made = (schema.steps.c.run == c.run) & (schema.steps.c.round == c.round)
+            steps = db.execute(select(schema.steps.c.digest, c.created_at).join(schema.checkpoints, made)).all()
             grids = db.execute(select(g.digest, g.created_at)).all()
             bases = db.execute(select(b.digest, b.created_at)).all()
             moments = _moments(db)
         lasting = (*moments, self._now())  # a moments artifact never goes: any time that is past will do
-        for *digests, at in [*rows, *grids, *bases, lasting]:
+        for *digests, at in [*rows, *steps, *grids, *bases, lasting]:
             for digest in digests:
                 found[digest] = max(at, found.get(digest, at))
         return MappingProxyType(found)

@@ -22,7 +22,7 @@ from cosilo_common.statements import Statement, Transaction, ask, ask_one, writi
 from cosilo_server import schema
 from cosilo_server.party_store import PartyStore, SiteSeen
 from cosilo_server.rounds.record import dump, load
-from cosilo_server.rounds.state import ENDED, Deadlines, Round, Terms
+from cosilo_server.rounds.state import ENDED, Deadlines, Round, Terms, WeightsStep
 from cosilo_server.shelf import Shelf
 from cosilo_server.snapshot import snapshot
 from cosilo_server.spans import Spans
@@ -69,7 +69,7 @@ class Order:
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """The artifacts of the global model after a round; digests are 32 bytes, empty where there is none."""
+    """The artifacts of the global model after a round; digests are 32 bytes, empty where there is none. step: to the weights, from those before."""
 
     run: bytes
     round: int
@@ -78,6 +78,7 @@ class StoredCheckpoint:
     optimiser: bytes
     bytes: int
     created_at: float
+    step: WeightsStep | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,17 @@ _RUNS = select(schema.runs, schema.paused_runs.c.admin.label("pause_admin"), sch
 )
 
 
+_CHECKPOINTS = select(
+    schema.checkpoints,
+    schema.steps.c.digest.label("step_digest"),
+    schema.steps.c.bytes.label("step_bytes"),
+    schema.steps.c.base.label("step_base"),
+).select_from(
+    schema.checkpoints.outerjoin(
+        schema.steps, (schema.checkpoints.c.run == schema.steps.c.run) & (schema.checkpoints.c.round == schema.steps.c.round)
+    )
+)
+
 # What every step of a round asks and writes, made once: building such a statement takes longer than running it.
 _RUN: Final = Statement(_RUNS.where(schema.runs.c.run == bindparam("of_run")))
 _OPEN_ORDER: Final = Statement(
@@ -131,6 +143,7 @@ _CLOSE_ROUND: Final = Statement(
     .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
     .values(state=bindparam("to_state"), phase=bindparam("to_phase"), outcome=bindparam("to_outcome"))
 )
+_ADD_STEP: Final = Statement(insert(schema.steps), ("run", "round", "digest", "bytes", "base"))
 _ADD_CHECKPOINT: Final = Statement(insert(schema.checkpoints), ("run", "round", "weights", "ema", "optimiser", "bytes", "created_at"))
 _COUNT_CLOSED: Final = Statement(
     update(schema.orders)
@@ -159,13 +172,14 @@ _LAST_OUTCOME: Final = Statement(
     .limit(1)
 )
 _NEWEST_CHECKPOINT: Final = Statement(
-    select(schema.checkpoints).where(schema.checkpoints.c.run == bindparam("of_run")).order_by(schema.checkpoints.c.round.desc()).limit(1)
+    _CHECKPOINTS.where(schema.checkpoints.c.run == bindparam("of_run")).order_by(schema.checkpoints.c.round.desc()).limit(1)
 )
 _CHECKPOINT_OF: Final = Statement(
-    select(schema.checkpoints).where(
+    _CHECKPOINTS.where(
         (schema.checkpoints.c.weights == bindparam("of_digest"))
         | (schema.checkpoints.c.ema == bindparam("of_digest"))
         | (schema.checkpoints.c.optimiser == bindparam("of_digest"))
+        | (schema.steps.c.digest == bindparam("of_digest"))
     )
 )
 
@@ -327,6 +341,8 @@ class Store(PartyStore):
             db.run(_DROP_MESSAGES, of_run=state.run, of_number=state.number)
             if checkpoint is not None:
                 db.run(_ADD_CHECKPOINT, **_checkpoint_row(checkpoint))
+            if checkpoint is not None and (step := checkpoint.step) is not None:
+                db.run(_ADD_STEP, run=checkpoint.run, round=checkpoint.round, digest=step.digest, bytes=step.bytes, base=step.base)
             db.run(_COUNT_CLOSED, of_run=state.run, of_kind=state.kind)
             self._add_event(db, state, "closed", "")
         forget_deleted(self._engine)
@@ -399,16 +415,16 @@ class Store(PartyStore):
         """A run's checkpoints, oldest first."""
         c = schema.checkpoints
         with reading(self._engine) as db:
-            rows = db.execute(select(c).where(c.c.run == run).order_by(c.c.round)).mappings().all()
-        return [StoredCheckpoint(**row) for row in rows]
+            rows = db.execute(_CHECKPOINTS.where(c.c.run == run).order_by(c.c.round)).mappings().all()
+        return [_checkpoint(row) for row in rows]
 
     def newest_checkpoint(self, run: bytes) -> StoredCheckpoint | None:
         row = ask_one(self._engine, _NEWEST_CHECKPOINT, of_run=run)
-        return None if row is None else StoredCheckpoint(**row._asdict())
+        return None if row is None else _checkpoint(row._asdict())
 
     def checkpoint_of(self, weights: bytes) -> list[StoredCheckpoint]:
-        """Checkpoints whose weights, ema or optimiser artifact has this digest."""
-        return [StoredCheckpoint(**row._asdict()) for row in ask(self._engine, _CHECKPOINT_OF, of_digest=weights)]
+        """Checkpoints whose weights, ema or optimiser artifact, or the step to which, has this digest."""
+        return [_checkpoint(row._asdict()) for row in ask(self._engine, _CHECKPOINT_OF, of_digest=weights)]
 
     # --- grids ---
 
@@ -460,6 +476,12 @@ def _stored_round(row: RowMapping, terms: Terms, blobs: dict[bytes, bytes]) -> S
 
 def _at(table: Table, run: bytes, number: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return table.c.run == run, table.c.number == number
+
+
+def _checkpoint(row: Mapping[Any, Any] | RowMapping) -> StoredCheckpoint:
+    names = ("run", "round", "weights", "ema", "optimiser", "bytes", "created_at")
+    step = None if row["step_digest"] is None else WeightsStep(row["step_digest"], row["step_base"], row["step_bytes"])
+    return StoredCheckpoint(**{name: row[name] for name in names}, step=step)
 
 
 def _checkpoint_row(checkpoint: StoredCheckpoint) -> dict[str, object]:

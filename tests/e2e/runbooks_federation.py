@@ -17,6 +17,7 @@ from tests.e2e.checklist import Checklist, expect, wait_for
 from tests.e2e.runbooks_pages import section_block, stands
 from tests.e2e.runbooks_person import Person
 from tests.federation.local import COORDINATOR, LocalFederation, SiteSpec
+from tests.federation.processes import FederationError
 from tests.federation.toml_files import Toml
 
 RUN_PAGE, ENROL, LEAVE, MONITOR = "run-a-federation.md", "enrol-site.md", "leave-or-pause.md", "monitor.md"
@@ -26,6 +27,7 @@ OTHERS = ("northgate", "riverside", "lakeview")
 CLASSES = ("AbdomenCT", "CXR", "Hand")
 IMAGES_PER_CLASS = 12
 CONNECTED_S = 60.0
+RUN = "chest-1"
 EXAMPLE_RUN = "712e02427091"  # in run-a-federation.md
 ANYWHERE = "127.0.0.1:0 --enrolment-address 127.0.0.1:0"
 _OURS = "\n[metrics]\nlisten = '127.0.0.1:0'\n[trainer]\ndevice = 'cpu'\nthreads = 1\n[network]\nbackoff_max_s = 3.0\n"
@@ -57,6 +59,20 @@ class Stage:
             return wanted <= {site["site"] for site in self.federation.cosilo_json("status")["sites"] if site["connected"]}
 
         wait_for(connected, f"{sorted(wanted)} are connected", CONNECTED_S, lambda: "\n".join(map(str, self.federation.log_files())))
+
+    def answers(self) -> bool:
+        """Whether the coordinator answers an admin."""
+        try:
+            self.federation.cosilo("status")
+        except FederationError:
+            return False
+        return True
+
+    def closes_a_round(self, run: str = RUN) -> list[str]:
+        """Asks for a round of the run, which closes. Returns the sites whose updates are in it."""
+        entry = self.federation.run_rounds(run, 1)[-1]
+        expect(entry["phase"] == "closed", f"{entry}")
+        return sorted(entry["survivors"])
 
 
 def specs(root: Path) -> list[SiteSpec]:
@@ -91,7 +107,7 @@ def found(stage: Stage) -> None:
     with checks.check("run-a-federation.md: start the coordinator; before it is up, `cosilo` ends with 3 and says so"):
         said = admin.types(page, "3. Start the coordinator", 2, code=3)
         stands(RUN_PAGE, "error: reach coordinator", said)
-        federation.serve_by(COORDINATOR, section_block(page, "3. Start the coordinator", 0).split("\n")[1], stage.coordinator.home)
+        federation.serve_by(COORDINATOR, stage.coordinator.takes(page, "3. Start the coordinator", 0), stage.coordinator.home)
         federation.start_coordinator()
         metrics = federation.endpoints(COORDINATOR)["metrics"]
         expect("ok" in stage.coordinator.types(page, "3. Start the coordinator", 1, {"127.0.0.1:9464": metrics}), "/readyz is not ok")
@@ -106,7 +122,7 @@ def enrol(stage: Stage) -> None:
             federation.enrol(name)
             federation.daemon(name).start()
         same = section_block(ENROL, "1. The admin invites")
-        expect(section_block(RUN_PAGE, BRING_IN, 0) == f"# admin\n{same}", "the two pages invite by other lines")
+        expect(f"{admin.takes(RUN_PAGE, BRING_IN, 0)}\n" == same, "the two pages invite by other lines")
         admin.types(ENROL, "1. The admin invites")
         invitation = admin.home / "st-anna.invitation"
         expect(invitation.stat().st_mode & 0o777 == 0o600, "others can read the invitation")
@@ -134,7 +150,7 @@ def enrol(stage: Stage) -> None:
         expect(
             "failed" not in site.types(ENROL, "4. The site checks and starts", 0, {**_NO_SYSTEMD, "systemctl status cosilo-site": ""}), said
         )
-        federation.serve_by(ST_ANNA, f"env COSILO_SITE_CONFIG=site.toml {serve}", site.home)
+        federation.serve_by(ST_ANNA, f"env COSILO_SITE_CONFIG=site.toml {site.takes(RUN_PAGE, BRING_IN, 3)}", site.home)
         federation.daemon(ST_ANNA).start()
         for name in stage.members:
             federation.wait_ready(name)
@@ -192,7 +208,8 @@ def watch(stage: Stage) -> None:
         not_here = {line: "" for line in text.splitlines() if line.startswith(("systemctl", "cosilo status"))}
         said = site.types(MONITOR, "At a glance", 0, {**not_here, "127.0.0.1:9465": metrics})
         expect("the event loop turned" in said and "\nconnected" in said and "chest-1" in said, said)
-        expect("st-anna" in stage.admin.runs("cosilo status"), "status does not name the site")
+        ours = {line: "" for line in text.splitlines() if not line.startswith("cosilo status")}
+        expect("st-anna" in stage.admin.types(MONITOR, "At a glance", 0, ours), "status does not name the site")
         said = stage.admin.types(MONITOR, "Where did a slow round go?", 0, {"chest-1 7": "chest-1 2"})
         expect("round 2 of chest-1: train, closed" in said and "sum and write" in said, said)
         expect((stage.admin.home / "round-7.json").exists(), "there is no trace for Perfetto")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from tests.e2e.checklist import expect
@@ -84,6 +85,31 @@ def who_types() -> dict[tuple[str, str], str]:
     """(page, section) to who types it, as the table at the end of the operating pages' README has it."""
     rows = re.findall(r"(?m)^\| \[([\w./-]+\.md)\]\([^)]*\) \| (.*?) \| (.*?) \|$", _sections(TYPED_TABLE)["What types what"])
     return {(page, section): by for page, section, by in rows}
+
+
+def shell_lines(text: str) -> set[str]:
+    """The lines of a block that somebody is to type: no comments, nothing empty."""
+    return {line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")}
+
+
+def left_out(page: str, heading: str, typed: AbstractSet[str], target: str) -> set[str]:
+    """The lines of a section's blocks that the table gives to this target and nobody typed.
+
+    A row's clauses are parted by semicolons. `WORDS`: TARGET gives that target the lines with those words; a clause without words, all others.
+    """
+    spans = {clause: _WORDS.match(clause) for clause in who_types()[page, heading].split("; ")}
+    named = {clause: re.findall(r"`([^`]+)`", found[1]) if found else [] for clause, found in spans.items()}
+    here = [clause for clause in spans if target in clause]
+    elsewhere = [word for clause, words in named.items() if clause not in here for word in words]
+    every = {line for text in re.findall(r"```sh\n(.*?)```", _sections(page)[heading], re.DOTALL) for line in shell_lines(text)}
+    if all(named[clause] for clause in here):
+        wanted = {line for line in every if any(word in line for clause in here for word in named[clause])}
+    else:
+        wanted = {line for line in every if not any(word in line for word in elsewhere)}
+    return wanted - typed
+
+
+_WORDS = re.compile(r"((?:`[^`]+`(?:, )?)+): ")
 
 
 def _sections(page: str) -> dict[str, str]:

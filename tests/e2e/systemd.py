@@ -9,54 +9,37 @@ with them and are upgraded to what is built. Otherwise they are upgraded to a wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 from tests.e2e.checklist import CheckFailed, Checklist, expect, run, wait_for
 from tests.e2e.systemd_federation import COMPANIONS, HOSPITAL, Surroundings
 from tests.e2e.systemd_machines import IMAGE, Engine, Machine
 from tests.e2e.systemd_runbooks import recover, upgrade
+from tests.e2e.systemd_wheels import Wheelhouses, base_image, to_install, wheelhouses
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE, COORDINATOR = "cosilo-site", "cosilo-coordinator"
-BASE_PACKAGES = "systemd,systemd-sysv,dbus,sudo,curl"
 EXPOSURE_MAX = 2.5
 WATCHDOG_S = 6  # in place of the unit's 60, so that the test does not wait a minute; the daemons read it from the environment
 READY_S = 90.0  # after a start on a machine that does other things too
 QUICK_STEPS, SLOW_STEPS = 4, 250  # a tenth of a second; and long enough to do something to a site meanwhile
 EVERYBODY = sorted((*COMPANIONS, HOSPITAL))
-BUILD_S = 900.0
 PERSON = (  # what the hospital's person writes into site.toml, as sed has it
     "s/^backoff_max_s = .*/backoff_max_s = 3/",
     "s/^threads = 0/threads = 1/",  # four trainers share this machine's cores
     f"s/^# classes = .*/classes = {[str(digit) for digit in range(10)]}/".replace("'", '"'),  # this site has not every digit
 )
 OWN_PROCESSES = f"find /proc -maxdepth 1 -name '[0-9]*' -user {SITE} -printf '%f '"
-
-
-class Wheelhouses(NamedTuple):
-    """By kind of machine: what is installed first, and what it is upgraded to."""
-
-    first: Mapping[str, Path]
-    newer: Mapping[str, Path]
-
-    def digest(self, kind: str, *, newer: bool = False) -> str:
-        """Of requirements.txt, as its maker reads it out."""
-        return hashlib.sha256(((self.newer if newer else self.first)[kind] / "requirements.txt").read_bytes()).hexdigest()
 
 
 class Stage:
@@ -123,19 +106,19 @@ def _test(checks: Checklist) -> None:
     with Engine() as engine:
         cache = Path(os.environ.get("COSILO_E2E_CACHE") or engine.root / "built")
         with checks.check("a wheelhouse with hashes for each, and a base image from a Debian mirror"), ThreadPoolExecutor(1) as pool:
-            base = pool.submit(_base_image, cache, engine.root)
-            wheelhouses = _to_install(engine.root, _wheelhouses(engine.root, cache))
+            base = pool.submit(base_image, cache, engine.root)
+            built = to_install(engine.root, wheelhouses(engine.root, cache))
             engine.docker("import", str(base.result()), IMAGE)
         around: Surroundings | None = None
         try:
             with checks.check("two machines boot; systemd runs as PID 1"):
-                coordinator = engine.boot("coordinator", 10, wheelhouses.first["coordinator"], wheelhouses.newer["coordinator"])
-                site = engine.boot(HOSPITAL, 11, wheelhouses.first["site"], wheelhouses.newer["site"])
+                coordinator = engine.boot("coordinator", 10, built.first["coordinator"], built.newer["coordinator"])
+                site = engine.boot(HOSPITAL, 11, built.first["site"], built.newer["site"])
                 for machine in (coordinator, site):
                     machine.wait_booted()
                 checks.figure("systemd", site.run("systemctl", "--version").splitlines()[0])
             around = Surroundings(engine.root / "around", coordinator.address)
-            stage = Stage(checks, wheelhouses, site, coordinator, around)
+            stage = Stage(checks, built, site, coordinator, around)
             for step in STEPS:
                 try:
                     step(stage)
@@ -459,58 +442,6 @@ def _expect_probed(site: Machine, found: dict[str, object]) -> None:
     }
     wrong = {name: (found.get(name), value) for name, value in expected.items() if found.get(name) != value}
     expect(not wrong, f"in the sandbox (found, expected): {wrong}")
-
-
-def _wheelhouses(root: Path, cache: Path) -> dict[str, Path]:
-    """One for each kind of machine; other people's wheels come from the cache where constraints.txt is the same."""
-    # The build of torch that this environment has: where it is a CPU's, gigabytes for a GPU that nobody has here are not fetched.
-    torch = f"torch=={version('torch')}"
-    digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes() + torch.encode()).hexdigest()[:16]
-    known = cache / f"wheels-{sys.version_info.major}.{sys.version_info.minor}-{digest}"
-    found = {}
-    for kind in ("site", "coordinator"):
-        out = root / kind
-        wheels = ["--find-links", str(known), *(["--no-index"] if (known / kind).exists() else [])]
-        command = [str(ROOT / "deploy/airgap/wheelhouse"), "--for", kind, "--out", str(out), "--python", sys.executable]
-        known.mkdir(parents=True, exist_ok=True)
-        _build([*command, "--", *wheels, torch])
-        expect(not list(out.glob("nvidia*")), "libraries for GPUs came with torch: put its CPU build into PIP_FIND_LINKS")
-        for wheel in out.glob("*.whl"):
-            if not wheel.name.startswith("cosilo") and not (known / wheel.name).exists():
-                shutil.copy(wheel, known / f"{wheel.name}.part")
-                (known / f"{wheel.name}.part").rename(known / wheel.name)
-        (known / kind).touch()
-        found[kind] = out
-    return found
-
-
-def _to_install(root: Path, built: dict[str, Path]) -> Wheelhouses:
-    """What was built, and what comes before or after it."""
-    older = os.environ.get("COSILO_E2E_OLDER")
-    if older:
-        return Wheelhouses({kind: Path(older).resolve() / kind for kind in built}, built)
-    newer = {}
-    for kind, wheelhouse in built.items():
-        newer[kind] = root / "newer" / kind
-        shutil.copytree(wheelhouse, newer[kind], copy_function=os.link)
-        listed = newer[kind] / "requirements.txt"
-        text = listed.read_text(encoding="utf-8")
-        listed.unlink()  # it is a link to the other's
-        listed.write_text(f"{text}# the next release\n", encoding="utf-8")
-    return Wheelhouses(built, newer)
-
-
-def _base_image(cache: Path, scratch: Path) -> Path:
-    out = cache / f"base-{hashlib.sha256(BASE_PACKAGES.encode()).hexdigest()[:16]}.tar"
-    _build([str(ROOT / "deploy/airgap/base-image"), "--out", str(out), "--include", BASE_PACKAGES], TMPDIR=str(scratch))
-    return out
-
-
-def _build(command: list[str], **environment: str) -> None:
-    surroundings = {**os.environ, **environment}
-    done = subprocess.run(command, env=surroundings, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BUILD_S, check=False)
-    expect(done.returncode == 0, f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-    print("        " + done.stdout.strip().replace("\n", "\n        "), flush=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -108,7 +108,7 @@ def recover(stage: Stage) -> None:
         )
     with checks.check("back to the database from before an upgrade"):
         coordinator.shell(
-            f"systemctl stop {COORDINATOR}; cd /var/lib/{COORDINATOR}/data; cp -p state.db state.db.v1.bak; systemctl start {COORDINATOR}"
+            f"systemctl stop {COORDINATOR}; cd /var/lib/{COORDINATOR}/data; cp -p state.db state.db.v2.bak; systemctl start {COORDINATOR}"
         )
         type_block(coordinator, UPGRADE, "coordinator, with the older Cosilo installed")
         stage.whole_round()

@@ -35,6 +35,7 @@ from cosilo_server.cli.connection import connect
 from cosilo_server.cli.follow import snapshots
 from cosilo_server.cli.watching import Snapshot
 from cosilo_server.enrolment import ATTEMPTS_MAX, ATTEMPTS_WINDOW_S
+from tests.federation.calling import call_command
 from tests.federation.processes import Daemon, FederationError, run_command, wait_until
 from tests.federation.toml_files import Toml, to_toml
 
@@ -61,8 +62,9 @@ class LocalFederation:
     """The processes and folders of one federation.
 
     root: an empty or absent folder of its own; sites: in the order in which they are enrolled; local_demo: invitations are
-    pre-approved, so that nobody runs `site approve`; page: the coordinator serves its status page. Raises
-    FederationError, with the tails of the logs, where a step fails.
+    pre-approved, so that nobody runs `site approve`; page: the coordinator serves its status page; typed: each command is a
+    process, as a person's is, and else a call in this one (`calling`). Raises FederationError, with the tails of the logs,
+    where a step fails.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class LocalFederation:
         threads: int = 1,
         local_demo: bool = True,
         page: bool = False,
+        typed: bool = True,
     ) -> None:
         self.root = root
         self.name = name
@@ -82,6 +85,7 @@ class LocalFederation:
         self.logs = root / "logs"
         self._local_demo = local_demo
         self._page = page
+        self._typed = typed
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         self._daemons: dict[str, Daemon] = {}
         atexit.register(self.stop)
@@ -190,10 +194,10 @@ class LocalFederation:
 
     # --- what an admin and the people at the sites type ---
 
-    def cosilo(self, *arguments: str, timeout_s: float = IDLE_TIMEOUT_S) -> str:
-        """`cosilo ...` as this federation's admin; returns its standard output."""
+    def cosilo(self, *arguments: str, timeout_s: float | None = None) -> str:
+        """`cosilo ...` as this federation's admin; returns its standard output. timeout_s: it is a process then, and ends by itself or not."""
         admin = [] if arguments[0] == "init" else ["--admin", str(self.folder / "admin")]
-        return run_command([_script("cosilo"), *admin, *arguments], self.logs / "commands.log", self._environment, timeout_s)
+        return self._command("cosilo", [*admin, *arguments], timeout_s)
 
     def cosilo_json(self, *arguments: str) -> dict[str, Any]:
         """The same with `--json`, parsed."""
@@ -204,8 +208,7 @@ class LocalFederation:
 
     def site_command(self, site: str, *arguments: str) -> str:
         """`cosilo-site ...` at a site; returns its standard output."""
-        command = [_script("cosilo-site"), "--config", str(self.config(site)), *arguments]
-        return run_command(command, self.logs / "commands.log", self._environment)
+        return self._command("cosilo-site", ["--config", str(self.config(site)), *arguments])
 
     def create_run(self, plan: Mapping[str, Toml], *, plain: bool = False) -> str:
         """`cosilo run create` from a plan (see run.example.toml); returns the run's digest in hex. plain: without masks."""
@@ -304,6 +307,12 @@ class LocalFederation:
         return [daemon.log for _, daemon in sorted(self._daemons.items(), key=lambda item: item[0] != COORDINATOR)]
 
     # --- below the surface ---
+
+    def _command(self, program: str, arguments: Sequence[str], timeout_s: float | None = None) -> str:
+        log = self.logs / "commands.log"
+        if timeout_s is None and not self._typed:
+            return call_command(program, arguments, log)
+        return run_command([_script(program), *arguments], log, self._environment, timeout_s or IDLE_TIMEOUT_S)
 
     def _start_and_wait(self, who: str) -> None:
         self._endpoints_file(who).unlink(missing_ok=True)  # an earlier process's: its port may be anybody's now

@@ -17,13 +17,10 @@ import pytest_asyncio
 from cosilo_common.audit import AUDIT_FILE, AuditLog, AuditTrail, Entry
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.keys import make_signing_key, public_bytes
-from cosilo_common.identity.members import sign_members
-from cosilo_common.identity.names import Role
-from cosilo_common.rpc.v1 import admin_pb2, admin_pb2_grpc
+from cosilo_common.rpc.v1 import admin_pb2
 from cosilo_server.cli.main import main
 from tests.identity_parties import found
-from tests.integration.test_coordinator import SITES, TIMEOUT_S, World
-from tests.integration.test_page import ANYWHERE, a_coordinator
+from tests.integration.coordinator_world import ANYWHERE, SITES, TIMEOUT_S, World, a_coordinator, three_members
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -31,24 +28,11 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 @pytest_asyncio.fixture(loop_scope="module")
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """A coordinator, and three members whose list its admin has put."""
-    founded = found(tmp_path / "f")
-    coordinator = a_coordinator(founded, tmp_path / "data", ANYWHERE)
-    await coordinator.start()
-    keys = {name: make_signing_key() for name in SITES}
-    world = World(founded, coordinator, tmp_path / "data", None, keys, {n: founded.party(Role.SITE, n) for n in SITES})
-    world.admin = admin_pb2_grpc.AdminServiceStub(world.channel(founded.admin.tls))
-    draft = founded.members.draft()
-    for name in SITES:
-        draft = draft.approve(name, Role.SITE, public_bytes(keys[name]))
-    signed = sign_members(founded.members, draft, founded.admin.membership.name, founded.admin_key)
-    await world.admin.PutMembers(admin_pb2.PutMembersRequest(members=signed.canonical()), timeout=TIMEOUT_S)
-    async with asyncio.timeout(TIMEOUT_S):
-        while entries(world)[-1].what != "members list in force":  # written as it counts, which may be after the answer
-            await asyncio.sleep(0.01)
-    yield world
-    for channel in world.channels:
-        await channel.close()
-    await coordinator.stop()
+    async with three_members(found(tmp_path / "f"), tmp_path / "data") as made:
+        async with asyncio.timeout(TIMEOUT_S):
+            while entries(made)[-1].what != "members list in force":  # written as it counts, which may be after the answer
+                await asyncio.sleep(0.01)
+        yield made
 
 
 def entries(world: World) -> list[Entry]:

@@ -21,7 +21,8 @@ from cosilo_server.correction import CorrectionStopped, Corrector
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.optimiser import ema_decay_at
 from cosilo_server.rounds.state import Phase
-from tests.integration.test_clip_ranges_rounds import World as PlainWorld
+from tests.integration.conducted_run import World as PlainWorld
+from tests.integration.conducted_run import conducted
 
 UPDATE = np.linspace(-0.25, 0.25, 16, dtype=np.float32)
 DECAY = 0.5
@@ -66,7 +67,11 @@ class World(PlainWorld):
     def new_conductor(self) -> Conductor:
         self.corrector = AddsTen()
         self.closer = RoundCloser(self.store, self.artifacts, self.spool, corrector=self.corrector)
-        return Conductor(self.store, self.spool, self.closer, CoordinatorMetrics())
+        self.metrics = CoordinatorMetrics()
+        return Conductor(self.store, self.spool, self.closer, self.metrics)
+
+    def failures(self) -> float | None:
+        return self.metrics.registry.get_sample_value("cosilo_corrections_failed_total")
 
     async def round(self) -> RoundOutcome:
         await self.close(await self.encoding(RoundKind.TRAIN), [UPDATE] * 3)
@@ -84,11 +89,8 @@ class World(PlainWorld):
 
 @pytest_asyncio.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    found = World(tmp_path)
-    await found.conductor.start()
-    yield found
-    await found.conductor.stop()
-    found.store.close()
+    async with conducted(World(tmp_path)) as made:
+        yield made
 
 
 async def test_the_corrected_average_is_the_checkpoint_and_the_moving_average_follows_it(world: World) -> None:
@@ -106,10 +108,12 @@ async def test_a_correction_that_fails_costs_only_itself(world: World, failure: 
     world.corrector.failure = failure
     outcome = await world.round()
     assert not outcome.corrected and outcome.note.startswith("not corrected, the plain average stands: ")
+    assert world.failures() == 1
     np.testing.assert_allclose(world.weights(), UPDATE, atol=1e-4)
     world.corrector.failure = None
     assert (await world.round()).corrected
     np.testing.assert_allclose(world.weights(), 2 * UPDATE + 10, atol=1e-4)
+    assert world.failures() == 1
 
 
 async def test_a_crash_in_a_correction_costs_nothing(world: World) -> None:
@@ -132,13 +136,11 @@ async def test_a_crash_in_a_correction_costs_nothing(world: World) -> None:
 
 
 async def test_without_a_moving_average_the_stepped_model_draws(tmp_path: Path) -> None:
-    world = World(tmp_path, ema_decay=0.0, correction={"every": 2})
-    await world.conductor.start()
-    assert not (await world.round()).corrected and world.corrector.calls == [] and world.outcome().note == ""
-    assert (await world.round()).corrected and world.corrector.calls == [(2, True)]
-    np.testing.assert_allclose(world.weights(), 2 * UPDATE + 10, atol=1e-4)
-    await world.conductor.stop()
-    world.store.close()
+    async with conducted(World(tmp_path, ema_decay=0.0, correction={"every": 2})) as world:
+        assert not (await world.round()).corrected and world.corrector.calls == [] and world.outcome().note == ""
+        assert world.failures() == 0  # none was due
+        assert (await world.round()).corrected and world.corrector.calls == [(2, True)]
+        np.testing.assert_allclose(world.weights(), 2 * UPDATE + 10, atol=1e-4)
 
 
 async def test_a_rehearsal_is_not_corrected(world: World) -> None:

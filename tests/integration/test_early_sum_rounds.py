@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import pytest_asyncio
 
 from cosilo_common.encoding import Encoding
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_server.closing import EARLY_SUM
-from cosilo_server.rounds.events import AdvertReceived, UploadReceived
-from cosilo_server.rounds.state import Phase, Upload
-from tests.integration.test_clip_ranges_rounds import SITES, World, uploaded
+from cosilo_server.rounds.state import Phase
+from tests.integration.conducted_run import SITES, World, world
+
+__all__ = ["world"]
 
 UPDATES = {name: np.linspace(-0.01 * scale, 0.01, 16, dtype=np.float32) for scale, name in enumerate(SITES, 1)}
 MEAN = np.mean(list(UPDATES.values()), axis=0)
 
 
-@pytest_asyncio.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    made = World(tmp_path)
-    await made.conductor.start()
-    yield made
-    await made.conductor.stop()
-    made.store.close()
-
-
 async def adverted(world: World) -> Encoding:
     encoding = await world.encoding(RoundKind.TRAIN)
-    for name in SITES:
-        assert await world.conductor.handle(world.run, AdvertReceived(name, 1, b"advert of " + name.encode())) == ""
+    await world.advert()
     return encoding
 
 
 async def upload(world: World, encoding: Encoding, name: str) -> Path:
-    data = uploaded(encoding, UPDATES[name])
-    path = world.spool.path(world.run.hex(), world.state.number, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    sent = Upload(name.encode(), hashlib.sha256(data).digest(), len(data))
-    assert await world.conductor.handle(world.run, UploadReceived(name, 1, sent)) == ""
-    return path
+    return await world.upload(encoding, name, UPDATES[name])
 
 
 async def summed(world: World, names: tuple[str, ...]) -> None:
@@ -61,6 +45,19 @@ def expect_mean(world: World, encoding: Encoding) -> None:
     assert np.abs(world.weights() - MEAN).max() <= bound
 
 
+async def let_go(world: World) -> None:
+    """Until nothing is held for a round that is over: no sum in memory, no descriptor of its file."""
+    async with asyncio.timeout(20):
+        while world.closer._early or any(EARLY_SUM in name for name in opened_files()):
+            await asyncio.sleep(0.01)
+
+
+def opened_files() -> Iterator[str]:
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            yield str(descriptor.readlink())
+
+
 async def test_what_is_summed_is_not_read_again(world: World) -> None:
     encoding = await adverted(world)
     paths = [await upload(world, encoding, name) for name in SITES[:2]]
@@ -70,6 +67,7 @@ async def test_what_is_summed_is_not_read_again(world: World) -> None:
     await upload(world, encoding, SITES[2])
     await world.until(Phase.CLOSED)
     expect_mean(world, encoding)
+    await let_go(world)
 
 
 async def test_a_restart_begins_without_it_and_opens_from_the_uploads(world: World) -> None:
@@ -94,6 +92,17 @@ async def test_a_sum_that_changed_on_the_disk_abandons_the_round(world: World) -
     with pytest.raises(AssertionError):
         await world.until(Phase.CLOSED)
     assert "changed on the disk" in world.state.reason
+    await let_go(world)
+
+
+async def test_nothing_is_held_for_a_round_that_was_abandoned(world: World) -> None:
+    encoding = await adverted(world)
+    for name in SITES[:2]:
+        await upload(world, encoding, name)
+    await summed(world, SITES[:2])
+    await world.conductor.stop_run(world.run, abandon=True)
+    assert world.state.phase is Phase.ABANDONED
+    await let_go(world)
 
 
 async def test_a_sum_that_cannot_be_made_costs_nothing(world: World) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -24,9 +26,10 @@ from cosilo_common.identity.members import sign_members
 from cosilo_common.identity.names import Role
 from cosilo_common.rpc.v1 import admin_pb2, site_pb2
 from cosilo_server.rounds.state import DeclineCode
+from cosilo_server.services.summaries import Summaries
 from cosilo_server.store import Store
+from tests.integration.coordinator_world import HandSite, World, code_of, start, world
 from tests.integration.memory_rounds import MemoryCoordinator, MemorySite, signing_key
-from tests.integration.test_coordinator import HandSite, World, code_of, start, world
 from tests.integration.test_session_commands import Place, parties, place
 from tests.integration.test_session_participation import NAMES, federation, survivors
 
@@ -202,6 +205,7 @@ def test_leaving_the_federation_tells_it_and_destroys_the_keys(place: Place, acc
     (place.state / "rounds" / "ab").mkdir(parents=True)
     (place.state / "rounds" / "ab" / "masks.key").write_bytes(b"secret")
     (place.state / "artifacts").mkdir(exist_ok=True)
+    shutil.copytree(place.state / "identity", place.state / "identity.old")  # as run-a-federation.md has it moved, to enrol again
     capsys.readouterr()
     assert place.type("leave", "--federation", "--yes") == 0
     said = capsys.readouterr().out
@@ -209,7 +213,7 @@ def test_leaving_the_federation_tells_it_and_destroys_the_keys(place: Place, acc
     for words in ("What remains", "it holds no key that opens anything", "nobody can take it out", "cosilo site revoke site-a"):
         assert words in said
     left = sorted(path.name for path in place.state.iterdir())
-    assert not {"identity", "rounds", "artifacts", "pause.json"} & set(left)
+    assert not {"identity", "identity.old", "rounds", "artifacts", "pause.json"} & set(left)
     assert {"state.db", AUDIT_FILE} <= set(left)
     assert not [path for path in place.state.rglob("*") if ".key" in path.name]
     ledger = open_ledger(place.state)
@@ -290,3 +294,13 @@ async def test_a_site_that_left_is_barred_at_once_and_until_it_is_readmitted_wit
     assert await code_of(asked) is grpc.StatusCode.OK
     with pytest.raises(CosiloError, match="is not a member"):
         world.coordinator._members.leave("nobody")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_removed_name_waits_for_an_admin_again_under_a_key_that_no_list_ever_had(world: World) -> None:
+    """Else `cosilo site approve NAME --readmit` refuses who was revoked and enrolled again, as leave-or-pause.md says they may."""
+    before, anew = public_bytes(world.keys["st-clara"]), public_bytes(make_signing_key())
+    await put(world, lambda draft: draft.remove("st-clara"))
+    book, newest = SimpleNamespace(_store=world.coordinator._store), world.coordinator._members.newest()
+    states = [Summaries._enrolment_state(book, "st-clara", "site", key, 0, newest, 0.0) for key in (before, anew)]  # type: ignore[arg-type]  # all it asks is its store
+    assert states == ["revoked", "enrolled"]

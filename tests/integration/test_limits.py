@@ -14,11 +14,13 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cosilo_common import transfer
 from cosilo_common.canonical import sha256
+from cosilo_common.errors import CosiloError
 from cosilo_common.framing import frame_data
 from cosilo_common.identity.enrolment import EnrolRequest
 from cosilo_common.identity.names import Role
-from cosilo_common.secagg.messages import MessageType, Upload
+from cosilo_common.secagg.messages import MessageType, RoundKind, Upload
 from cosilo_common.telemetry import CONNECTIONS_MAX, serve_telemetry
 from cosilo_common.transfer import Refusal, TransferError, free_bytes
 from cosilo_server import store as coordinator_store
@@ -33,6 +35,7 @@ from cosilo_server.enrolment import (
 )
 from cosilo_server.membership import StoredInvitations
 from cosilo_server.metrics import CoordinatorMetrics
+from cosilo_server.rounds.state import Phase
 from cosilo_server.services.admission import (
     CALLERS_MAX,
     CALLS_MAX,
@@ -50,6 +53,7 @@ from cosilo_server.services.turns import Turn
 from cosilo_server.services.uploads import SMALL_CHUNKS_MAX, STALL_BYTES, UploadDesk
 from cosilo_server.spool import Spool
 from tests.identity_parties import NOW, Founded, InvitationsInMemory, MembersInMemory, found
+from tests.integration.test_run_pause import Standing
 from tests.protocol.test_review_uploads import Desk
 
 MANY = MethodLimit(each=10**6, everybody=10**6)
@@ -208,6 +212,20 @@ def test_uploads_leave_the_disk_s_reserve_alone(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="bytes missing"):
         spool.receive("ab" * 32, 1, "st-anna", 10, "cd" * 32)
     assert Spool(tmp_path).receive("ab" * 32, 1, "st-anna", 10, "cd" * 32).offset == 0
+
+
+async def test_a_round_that_has_no_room_stays_asked_for_and_starts_when_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    standing = Standing(tmp_path)
+    await standing.up()
+    with monkeypatch.context() as full:
+        full.setattr(transfer, "free_bytes", lambda path: 1)
+        with pytest.raises(CosiloError, match=r"bytes needed, 1 free, \d+ bytes missing; free space on .*; they stay asked for, "):
+            await standing.conductor.order(standing.run, RoundKind.TRAIN, 1)
+        assert standing.round is None
+    standing.conductor._runs[standing.run].not_before = 0.0  # the clock's next look
+    await standing.tick()
+    assert standing.round == (1, Phase.TRAINING)
+    await standing.down()
 
 
 # Enrolments

@@ -18,45 +18,23 @@ from cosilo_common.identity.keys import make_signing_key, public_bytes
 from cosilo_common.identity.members import sign_members
 from cosilo_common.identity.names import Role
 from cosilo_common.rpc.v1 import admin_pb2, admin_pb2_grpc, site_pb2
-from cosilo_server.config import CoordinatorConfig, Listen, Paths
-from cosilo_server.coordinator import Coordinator
 from cosilo_server.page import server as server_module
 from cosilo_server.page.app import STREAMS_MAX
 from cosilo_server.page.server import PagePort
-from tests.identity_parties import FEDERATION, Founded, found
-from tests.integration.test_coordinator import SITES, TIMEOUT_S, HandSite, World, start
+from tests.identity_parties import FEDERATION, found
+from tests.integration.coordinator_world import ANYWHERE, SITES, TIMEOUT_S, HandSite, World, a_coordinator, start, three_members
 
-ANYWHERE = "127.0.0.1:0"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-def a_coordinator(founded: Founded, data: Path, page: str) -> Coordinator:
-    listen = Listen(federation=ANYWHERE, enrolment=ANYWHERE, metrics=ANYWHERE, page=page)
-    data.mkdir()
-    return Coordinator(CoordinatorConfig(federation=FEDERATION, listen=listen, paths=Paths(identity=founded.coordinator.folder, data=data)))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """A coordinator with a page, and three members."""
     root = tmp_path_factory.mktemp("page")
-    founded = found(root / "f")
-    coordinator = a_coordinator(founded, root / "data", ANYWHERE)
-    await coordinator.start()
-    keys = {name: make_signing_key() for name in SITES}
-    world = World(founded, coordinator, root / "data", None, keys, {n: founded.party(Role.SITE, n) for n in SITES})
-    world.admin = admin_pb2_grpc.AdminServiceStub(world.channel(founded.admin.tls))
-    draft = founded.members.draft()
-    for name in SITES:
-        draft = draft.approve(name, Role.SITE, public_bytes(keys[name]))
-    signed = sign_members(founded.members, draft, founded.admin.membership.name, founded.admin_key)
-    await world.admin.PutMembers(admin_pb2.PutMembersRequest(members=signed.canonical()), timeout=TIMEOUT_S)
-    yield world
-    for channel in world.channels:
-        await channel.close()
-    await coordinator.stop()
+    async with three_members(found(root / "f"), root / "data", ANYWHERE) as made:
+        yield made
 
 
 @asynccontextmanager

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import ssl
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,136 +16,27 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cosilo_client.artifacts import ArtifactCache
-from cosilo_client.config import NetworkTable
-from cosilo_client.metrics import SiteMetrics
 from cosilo_client.obstacles import _shown
-from cosilo_client.session import Session
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.certificates import check_issued, make_csr, read_chain
 from cosilo_common.identity.folder import (
-    FEDERATION_FILE,
-    MEMBERS_FILE,
     TRUST_FILE,
     Identity,
-    Membership,
-    load_identity,
-    membership_json,
 )
 from cosilo_common.identity.keys import load_tls_key, make_signing_key, make_tls_key, public_bytes
-from cosilo_common.identity.members import Member, SignedMembers, sign_members
+from cosilo_common.identity.members import Member, sign_members
 from cosilo_common.identity.names import Role, peer_from_certificate
 from cosilo_common.identity.renewal import take_renewed
-from cosilo_common.identity.secret_files import replace_file, write_public
+from cosilo_common.identity.secret_files import replace_file
 from cosilo_common.identity.tls import federation_channel
 from cosilo_common.identity.trust import SignedTrust, Trust, key_id, pem_of, sign_trust, vouch
 from cosilo_common.rpc.v1 import admin_pb2, admin_pb2_grpc, site_pb2, site_pb2_grpc
-from cosilo_common.transfer import CHUNK_BYTES
 from cosilo_server import rotation
 from cosilo_server.authority import CA_FOLDER, load_root, make_root, sign_intermediate
-from cosilo_server.cli.main import main
-from cosilo_server.config import CoordinatorConfig, Listen, Paths
-from cosilo_server.coordinator import Coordinator
-from tests.identity_parties import ADMIN, FEDERATION, NOW, Founded, found
+from tests.identity_parties import ADMIN, FEDERATION, NOW, found
+from tests.integration.live_federation import SITES, TIMEOUT_S, Live, big_artifact, coordinator, live, site_identity
 
-SITES = ("st-anna", "st-beda")
-FAST = NetworkTable(timeout_s=5.0, stall_s=5.0, backoff_min_s=0.01, backoff_max_s=0.05)
-TIMEOUT_S = 30.0
-
-
-@dataclass
-class Live:
-    """A running coordinator, its admin's folder, and sites that attend."""
-
-    founded: Founded
-    data: Path
-    coordinator: Coordinator
-    sites: dict[str, Identity]
-    sessions: dict[str, Session] = field(default_factory=dict)
-    running: list[asyncio.Task[None]] = field(default_factory=list)
-
-    @property
-    def address(self) -> str:
-        return self.coordinator.endpoints["federation"]
-
-    async def cosilo(self, *arguments: str) -> int:
-        """`cosilo ...` as the admin, beside the event loop."""
-        seat = ["--admin", str(self.founded.admin.folder), "--address", self.address]
-        return await asyncio.to_thread(main, [*seat, *arguments])
-
-    def attend(self, name: str) -> Session:
-        """The site's own session, as its daemon has it."""
-        identity = self.sites[name]
-        cache = ArtifactCache(identity.folder / "artifacts", 1 << 30)
-        metrics = SiteMetrics()
-
-        def owe(_: Any) -> None:
-            return None
-
-        session = Session(identity, cache, FAST, metrics, owe, lambda data: identity.take_members(data), random.Random(1))  # type: ignore[arg-type, return-value]  # nobody reads what it returns
-        self.sessions[name] = session
-        self.running.append(asyncio.create_task(session.run()))
-        return session
-
-    async def until(self, what: Callable[[], bool]) -> None:
-        async with asyncio.timeout(TIMEOUT_S):
-            while not what():
-                await asyncio.sleep(0.02)
-
-    def waiting(self) -> set[str]:
-        """Who has shown no certificate that today's intermediate signed."""
-        issuers = self.coordinator._rotation.issuers()
-        found = {member.name: self.coordinator._certificates.of(member) for member in self.coordinator._members.newest().everyone()}
-        return {name for name, shown in found.items() if issuers and (shown is None or shown.issuer != issuers[0])}
-
-    async def restart(self) -> None:
-        """A new coordinator on the same folders and port."""
-        port = self.address
-        await self.coordinator.stop()
-        self.coordinator = coordinator(self.founded, self.data, port)
-        await self.coordinator.start()
-
-    async def close(self) -> None:
-        for task in self.running:
-            task.cancel()
-        await asyncio.gather(*self.running, return_exceptions=True)
-        await self.coordinator.stop()
-
-
-def coordinator(founded: Founded, data: Path, federation: str = "127.0.0.1:0") -> Coordinator:
-    listen = Listen(federation=federation, enrolment="127.0.0.1:0", metrics="127.0.0.1:0")
-    data.mkdir(exist_ok=True)
-    return Coordinator(CoordinatorConfig(federation=FEDERATION, listen=listen, paths=Paths(identity=founded.coordinator.folder, data=data)))
-
-
-def site_identity(
-    founded: Founded, name: str, members: SignedMembers, address: str, now: datetime = NOW, life: timedelta = timedelta(days=90)
-) -> Identity:
-    """A site's folder, as enrolment leaves it."""
-    folder = founded.party(Role.SITE, name, now, life).certificate.parent
-    membership = Membership(
-        federation=FEDERATION, role=Role.SITE, name=name, address=address, enrolment_address="127.0.0.1:1", anchor=members.anchor()
-    )
-    write_public(folder / FEDERATION_FILE, membership_json(membership))
-    write_public(folder / MEMBERS_FILE, members.canonical())
-    return load_identity(folder)
-
-
-@pytest.fixture
-async def live(tmp_path: Path) -> AsyncIterator[Live]:
-    founded = found(tmp_path / "f")
-    running = coordinator(founded, tmp_path / "data")
-    await running.start()
-    members = founded.members
-    draft = members.draft()
-    for name in SITES:
-        draft = draft.approve(name, Role.SITE, public_bytes(make_signing_key()))
-    signed = sign_members(members, draft, ADMIN, founded.admin_key)
-    running._members.put(signed.canonical())
-    sites = {name: site_identity(founded, name, members, running.endpoints["federation"]) for name in SITES}
-    world = Live(founded, tmp_path / "data", running, sites)
-    yield world
-    await world.close()
+__all__ = ["live"]
 
 
 def issuer_of(identity: Identity) -> str:
@@ -267,13 +155,6 @@ async def presented(live: Live) -> bytes:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return await _shown(live.address, context, None)
-
-
-async def big_artifact(live: Live) -> tuple[bytes, int]:
-    """Something in the store that fills more than one receive window, so that a transfer waits for its reader."""
-    file = live.data / "big"
-    file.write_bytes(random.Random(5).randbytes(24 * CHUNK_BYTES))
-    return bytes.fromhex(live.coordinator._artifacts.put_file(file)), 24 * CHUNK_BYTES
 
 
 def forged(live: Live, **changes: Any) -> SignedTrust:
@@ -539,43 +420,3 @@ async def test_expiry_is_in_the_metrics_thirty_days_ahead_and_after_a_restart(li
     leaf = read_chain(live.sites["st-anna"].tls.certificate.read_bytes())[0]
     assert metrics("cosilo_ca_expiry_timestamp_seconds") == ca.not_valid_after_utc.timestamp()
     assert metrics("cosilo_certificate_expiry_timestamp_seconds") == leaf.not_valid_after_utc.timestamp()
-
-
-async def test_a_removed_member_s_every_stream_is_cut_at_once_and_stays_out_after_a_restart(live: Live) -> None:
-    site = live.sites["st-beda"]
-    async with federation_channel(live.address, site.tls) as channel:
-        stub = site_pb2_grpc.SiteServiceStub(channel)
-        attend = stub.Attend()
-        await attend.write(site_pb2.AttendRequest(hello=site_pb2.Hello(protocol_version=1, software="hand")))
-        await attend.read()
-        upload = stub.PutUpdate()  # has said nothing yet, and would hold its place for a minute
-        await live.until(lambda: len(live.coordinator.conductor._watchers) == 2)
-        assert await live.cosilo("site", "revoke", "st-beda", "--yes") == 0
-        for call in (attend, upload):
-            with pytest.raises(grpc.aio.AioRpcError) as cut:
-                while await asyncio.wait_for(call.read(), 5) is not grpc.aio.EOF:
-                    pass
-            assert cut.value.code() is grpc.StatusCode.PERMISSION_DENIED
-            assert "no longer a member" in (cut.value.details() or "")
-    await live.restart()
-    async with federation_channel(live.address, site.tls) as channel:
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await site_pb2_grpc.SiteServiceStub(channel).GetMembers(site_pb2.GetMembersRequest(), timeout=TIMEOUT_S)
-        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
-
-
-async def test_a_removed_admin_s_download_is_cut(live: Live) -> None:
-    members = live.coordinator._members.newest()
-    eve = make_signing_key()
-    draft = members.draft().approve("eve", Role.ADMIN, public_bytes(eve))
-    live.coordinator._members.put(sign_members(members, draft, ADMIN, live.founded.admin_key).canonical())
-    tls = live.founded.party(Role.ADMIN, "eve")
-    digest, _ = await big_artifact(live)
-    async with federation_channel(live.address, tls) as channel:
-        call = site_pb2_grpc.SiteServiceStub(channel).GetArtifact(site_pb2.GetArtifactRequest(digest=digest))
-        await call.read()
-        assert await live.cosilo("admin", "revoke", "eve", "--yes") == 0
-        with pytest.raises(grpc.aio.AioRpcError) as cut:
-            while await asyncio.wait_for(call.read(), 5) is not grpc.aio.EOF:
-                pass
-        assert (cut.value.code(), "no longer a member" in (cut.value.details() or "")) == (grpc.StatusCode.PERMISSION_DENIED, True)

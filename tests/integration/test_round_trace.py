@@ -15,7 +15,7 @@ import pytest
 from cosilo_common.canonical import sha256
 from cosilo_common.rpc.v1 import admin_pb2, site_pb2
 from cosilo_server.cli.main import main
-from tests.integration.test_coordinator import (
+from tests.integration.coordinator_world import (
     SITES,
     TIMEOUT_S,
     HandSite,

@@ -23,8 +23,8 @@ from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.state import Phase
 from cosilo_server.spool import Spool
 from cosilo_server.store import Pause, Store
+from tests.integration.coordinator_world import World, world
 from tests.integration.memory_rounds import manifest_of
-from tests.integration.test_coordinator import World, world
 
 __all__ = ["world"]
 

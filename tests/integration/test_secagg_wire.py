@@ -34,6 +34,7 @@ from cosilo_server.config import CoordinatorConfig
 from cosilo_server.coordinator import Coordinator
 from tests.federation.digits import digits_sites
 from tests.federation.local import COORDINATOR, START_TIMEOUT_S, LocalFederation
+from tests.integration.coordinator_world import EvaluationHere
 
 Answer = TypeVar("Answer")
 
@@ -214,6 +215,7 @@ class Recorded:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     recorder, build = Recorder(), grpc.aio.server
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cosilo_server.coordinator.Evaluation", EvaluationHere)
         patch.setattr(grpc.aio, "server", lambda *, interceptors=(), **more: build(interceptors=[*interceptors, recorder], **more))
         with ListeningFederation(tmp_path_factory.mktemp("wire"), recorder) as federation:
             federation.start()

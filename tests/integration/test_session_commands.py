@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -280,10 +282,23 @@ def test_check_finds_everything_in_order(place: Place, capsys: Capture) -> None:
     assert place.type("check") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["ok", what] for what in ("configuration", "identity", "certificate", "coordinator", "membership", "data", "device", "disk")
+        ["ok", what] for what in ("configuration", "identity", "certificate", "coordinator", "membership", "data", "device", "lora", "disk")
     ]
     assert "1797 images (0: 178, 1: 182" in lines[5]
     assert "CPU, 2 threads (torch 2.9.9)" in lines[6]
+    assert lines[7].endswith(f"runs with [lora] can be trained here (peft {version('peft')})")
+
+
+def test_check_says_that_runs_of_adapters_want_an_extra(place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: None if name == "peft" else find(name, *package))
+    assert place.type("check") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " lora " in line)
+    assert line.startswith("ok ")
+    words = (
+        "no run with [lora] is trained here: peft is not installed; pip install 'cosilo-client[lora]' (a wheelhouse without a registry: "
+    )
+    assert line.endswith(words + "--extras lora)")
 
 
 def test_check_says_what_to_do_about_each_failure(place: Place, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from cosilo_client.config import NetworkTable
 from cosilo_common.identity.tls import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, PING_INTERVAL_MIN_MS, client_options, server_options
 from tests.federation.relay import Direction, Fault
 from tests.integration import test_transfer_resume
-from tests.integration.test_coordinator import world
+from tests.integration.coordinator_world import world
 from tests.integration.test_transfer_resume import HANDSHAKE_BYTES, LIMIT_S, SITE, Link, fresh, link, owed, resent_bytes, sent_again
 
 __all__ = ["link", "owed", "world"]  # the fixtures
@@ -76,7 +76,7 @@ async def test_a_stalled_transfer_is_begun_again_at_its_offset(
     owed: tuple[Any, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(test_transfer_resume, "QUICK", NetworkTable(timeout_s=2.0, stall_s=1.0, backoff_min_s=0.01, backoff_max_s=0.05))
+    monkeypatch.setattr(test_transfer_resume, "QUICK", NetworkTable(timeout_s=4.0, stall_s=2.0, backoff_min_s=0.01, backoff_max_s=0.05))
     due, data = owed
     session = await link.connect(fresh(link.folder / "cache"))
     await until(lambda: session.state()[0], LIMIT_S)
@@ -85,7 +85,7 @@ async def test_a_stalled_transfer_is_begun_again_at_its_offset(
     fetching = asyncio.create_task(session.fetch(due, True, moved.append))
     await until(lambda: link.relay.fault is Fault.STALL, LIMIT_S)
     stood = link.relay.carried[Direction.DOWN]
-    await asyncio.sleep(1.5)  # the stall itself: longer than this site's patience
+    await asyncio.sleep(2.5)  # the stall itself: longer than this site's patience, and over long before the next try's
     assert link.relay.carried[Direction.DOWN] == stood
     link.relay.set_fault(Fault.NONE)
     assert (await asyncio.wait_for(fetching, LIMIT_S)).read_bytes() == data

@@ -37,7 +37,7 @@ from cosilo_server.config import CoordinatorConfig, Listen, Paths
 from cosilo_server.coordinator import Coordinator
 from tests.federation.relay import Direction, Relay
 from tests.identity_parties import FEDERATION
-from tests.integration.test_coordinator import TINY, HandSite, World, payload_of, start, world
+from tests.integration.coordinator_world import TINY, HandSite, World, payload_of, start, world
 
 __all__ = ["world"]  # the fixture
 

@@ -1,19 +1,16 @@
-"""Four sites at the protocol's level for the tests of a site's role. A fixture, imported by name where it is used."""
+"""Four sites at the protocol's level, and how far a test brings them. A fixture, imported by name where it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.protocol.parties import (
-    Site,
-    federation,
-    make_start,
-    make_terms,
-    names,
-)
+from cosilo_common.secagg.messages import Signed, sign
+from cosilo_common.secagg.roster import Roster
+from tests.protocol.parties import Coordinator, Site, federation, make_start, make_terms, names, signing_key
 
 VALUES = 50
 FOUR = names(4)
@@ -33,8 +30,35 @@ class Killed(BaseException):
     """The process is gone. Not an Exception: nothing may catch it."""
 
 
-def masked_ready(sites: dict[str, Site], attempt: int = 1) -> None:
-    adverts = [site.role.advert(attempt) for site in sites.values()]
-    shares = [site.role.roster(adverts) for site in sites.values()]
+def adverts_of(sites: dict[str, Site], attempt: int = 1) -> list[Signed]:
+    return [site.role.advert(attempt) for site in sites.values()]
+
+
+def shared(sites: dict[str, Site], attempt: int = 1) -> list[Signed]:
+    adverts = adverts_of(sites, attempt)
+    return [site.role.roster(adverts) for site in sites.values()]
+
+
+def delivered(sites: dict[str, Site], attempt: int = 1) -> None:
+    shares = shared(sites, attempt)
     for site in sites.values():
         assert site.role.deliver(shares) is None
+
+
+def uploaded(sites: dict[str, Site], attempt: int = 1) -> None:
+    delivered(sites, attempt)
+    for site in sites.values():
+        site.role.mask_chunks()
+
+
+def roster_of(sites: dict[str, Site], attempt: int = 1) -> Roster:
+    start = sites[A].start
+    assert start is not None
+    coordinator = Coordinator(sites[A].terms, start, sites)
+    return Roster.open(coordinator.round_terms(attempt), adverts_of(sites, attempt))
+
+
+def forged(site: str, message: Signed, **changes: object) -> Signed:
+    """The same message with changed fields, under a colluding site's true key."""
+    changed = replace(message, **changes)  # type: ignore[arg-type]  # a test's table of fields
+    return sign(signing_key(site), changed.type, changed.run, changed.round, changed.attempt, changed.site, changed.body)

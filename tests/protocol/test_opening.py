@@ -193,10 +193,11 @@ def test_what_was_summed_early_opens_to_the_same(tmp_path: Path, bits: int, befo
         2,
         early,
     )
-    total = opening.provisional_tail().total_weight
     values = np.zeros(size, dtype=np.uint32)
-    for start, words in opening:
-        values[start : start + len(words)] = words
+    with early:
+        total = opening.provisional_tail().total_weight
+        for start, words in opening:
+            values[start : start + len(words)] = words
     np.testing.assert_array_equal(values, exact_sum(play)[:size])
     assert (opening.tail.contributors, opening.tail.total_weight) == (4, total)
     with pytest.raises(RuntimeError, match="once"):

@@ -102,6 +102,19 @@ def test_a_certificate_from_before_a_readmission_opens_nothing(room: Room) -> No
     assert (room.gate.still_member(old), room.gate.still_member(new)) == (False, True)
 
 
+def test_who_was_revoked_is_told_a_new_name_and_not_to_be_approved(room: Room) -> None:
+    peer, key = room.enrol("st-anna")
+    room.approve("st-anna", key)
+    assert not room.members.was_removed("st-anna")
+    room.sign(room.members.newest().draft().remove("st-anna"))
+    assert room.members.was_removed("st-anna")
+    gate = Gate(FEDERATION, room.members.is_member, CoordinatorMetrics(), was_removed=room.members.was_removed)
+    assert gate.no_member(peer) == (
+        f"site st-anna was revoked in {FEDERATION}; it comes back with new keys under a new name: "
+        "an admin runs `cosilo site invite st-anna-2 --out FILE`"
+    )
+
+
 def test_a_name_in_another_role_is_no_member(room: Room) -> None:
     peer, key = room.enrol("st-anna")
     room.approve("st-anna", key)

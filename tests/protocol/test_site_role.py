@@ -31,7 +31,7 @@ from tests.protocol.parties import (
     refused,
     some_update,
 )
-from tests.protocol.site_roles import FOUR, VALUES, A, B, C, D, Killed, masked_ready, sites
+from tests.protocol.site_roles import FOUR, VALUES, A, B, C, D, Killed, delivered, sites
 from tests.protocol.test_whole_protocol import FAST_FOLDER, check_opened
 
 __all__ = ["sites"]  # the fixtures
@@ -157,7 +157,7 @@ def test_killed_before_any_durable_step_the_round_still_opens_exactly() -> None:
 
 def test_a_spool_without_its_statement_is_discarded_and_made_again(sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch) -> None:
     """R4: killed between the spool's fsync and the statement's commit. No byte has left; the same keys give the same bytes."""
-    masked_ready(sites)
+    delivered(sites)
     site = sites[A]
     with monkeypatch.context() as patch:
         patch.setattr(site.journal.ledger, "record_upload", lambda *_a, **_k: (_ for _ in ()).throw(Killed()))
@@ -174,7 +174,7 @@ def test_a_spool_without_its_statement_is_discarded_and_made_again(sites: dict[s
 
 def test_mask_keys_outlive_an_unsafe_spool_and_no_safe_one(sites: dict[str, Site]) -> None:
     """R4: killed after the statement's commit; the mask keys go at the restart, the shares stay."""
-    masked_ready(sites)
+    delivered(sites)
     site = sites[A]
     site.journal.vault.destroy_masks = lambda _run: (_ for _ in ()).throw(Killed())  # type: ignore[method-assign]
     with pytest.raises(Killed):
@@ -189,7 +189,7 @@ def test_mask_keys_outlive_an_unsafe_spool_and_no_safe_one(sites: dict[str, Site
 
 def test_power_lost_between_consent_and_send(sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch) -> None:
     """R5: the ledger has the consent; the same one is sent later, no other; and the unmasked update is gone by then."""
-    masked_ready(sites)
+    delivered(sites)
     for site in sites.values():
         site.role.mask_chunks()
     site = sites[A]
@@ -208,7 +208,7 @@ def test_power_lost_between_consent_and_send(sites: dict[str, Site], monkeypatch
 
 def test_no_consent_leaves_when_its_commit_fails(sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch) -> None:
     """R5: the signature is returned only after the ledger's commit."""
-    masked_ready(sites)
+    delivered(sites)
     site = sites[D]
 
     def full(_dialect: DefaultDialect, _connection: object) -> None:
@@ -228,11 +228,11 @@ def test_no_consent_leaves_when_its_commit_fails(sites: dict[str, Site], monkeyp
 def test_a_later_attempt_has_other_keys_and_the_same_update(sites: dict[str, Site]) -> None:
     """R4: fresh keys mask the same integers; nothing of the first attempt is left."""
     first = sites[A].role.advert(1)
-    masked_ready(sites)
+    delivered(sites)
     plain = sites[A].plain_words()
     sites[A].role.mask_chunks()
     spool = sites[A].spool_bytes()
-    masked_ready(sites, attempt=2)
+    delivered(sites, attempt=2)
     assert sites[A].role.advert(2).body != first.body
     assert not sites[A].journal.files(RUN).spool(1).exists()
     assert np.array_equal(sites[A].plain_words(2)[:VALUES], plain[:VALUES])
@@ -292,7 +292,7 @@ def test_phases_are_kept_for_a_restarted_daemon(sites: dict[str, Site]) -> None:
 
     assert phase() is Phase.TRAINED
     site.journal.ledger.reach(RUN, 1, Phase.FETCHED)  # never back
-    masked_ready(sites)
+    delivered(sites)
     assert phase() is Phase.TRAINED
     for other in sites.values():
         other.role.mask_chunks()

@@ -27,7 +27,7 @@ from tests.protocol.parties import (
     names,
     some_update,
 )
-from tests.protocol.site_roles import VALUES, A, masked_ready, sites
+from tests.protocol.site_roles import VALUES, A, delivered, sites
 
 __all__ = ["sites"]  # the fixtures
 
@@ -42,7 +42,7 @@ def test_a_masked_upload_of_zeros_looks_random(tmp_path: Path) -> None:
     sites = federation(tmp_path, terms, start)
     uploads = []
     for attempt in (1, 2):
-        masked_ready(sites, attempt)
+        delivered(sites, attempt)
         sites[A].role.mask_chunks()
         uploads.append(np.frombuffer(sites[A].spool_bytes(attempt), dtype=np.uint8))
     for data in uploads:
@@ -63,7 +63,7 @@ def test_masking_takes_memory_for_chunks_not_for_the_vector(tmp_path: Path) -> N
     start = make_start(terms)
     values = np.zeros(terms.values, dtype=np.float32)
     sites = federation(tmp_path, terms, start, dict.fromkeys(names(3), (values, 1)))
-    masked_ready(sites)
+    delivered(sites)
     tracemalloc.start()
     try:
         sites[A].role.mask_chunks()
@@ -98,7 +98,7 @@ def test_workers_and_chunk_ends_do_not_change_the_bytes(tmp_path: Path, workers:
 @pytest.mark.parametrize("spoil", ["nan", "short", "weight"])
 def test_an_update_that_cannot_be_masked_leaves_no_spool(sites: dict[str, Site], spoil: str) -> None:
     """A NaN, a file cut short, a weight above the cap; trained again, the same attempt goes on."""
-    masked_ready(sites)
+    delivered(sites)
     site = sites[A]
     values, weight = some_update(VALUES, 0)
     if spoil == "nan":
@@ -113,7 +113,7 @@ def test_an_update_that_cannot_be_masked_leaves_no_spool(sites: dict[str, Site],
 
 
 def test_a_full_disk_is_said_with_the_bytes_needed(sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch) -> None:
-    masked_ready(sites)
+    delivered(sites)
 
     def full(_descriptor: int, _data: object) -> int:
         raise OSError(28, "No space left on device")

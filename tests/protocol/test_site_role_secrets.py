@@ -26,7 +26,7 @@ from tests.protocol.parties import (
     names,
     some_update,
 )
-from tests.protocol.site_roles import FOUR, VALUES, A, masked_ready, sites
+from tests.protocol.site_roles import FOUR, VALUES, A, delivered, sites
 
 __all__ = ["sites"]  # the fixtures
 
@@ -60,7 +60,7 @@ def seeds_of(site: Site, roster: Roster) -> list[bytes]:
 def test_nothing_secret_is_left_in_any_file(sites: dict[str, Site]) -> None:
     """R7, R4: searched for in every byte of the folder, WAL included, before, after the upload, after consent, after close."""
     site = sites[A]
-    masked_ready(sites)
+    delivered(sites)
     start = site.start
     assert start is not None
     roster = Roster.open(Coordinator(site.terms, start, sites).round_terms(1), [other.role.advert(1) for other in sites.values()])
@@ -102,7 +102,7 @@ def test_nothing_secret_is_left_in_any_file(sites: dict[str, Site]) -> None:
 
 
 def test_every_file_is_private(sites: dict[str, Site]) -> None:
-    masked_ready(sites)
+    delivered(sites)
     sites[A].role.mask_chunks()
     for path in sites[A].folder.rglob("*"):
         mode = stat.S_IMODE(path.stat().st_mode)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from cosilo_common.diffusion.presets import preset
-from cosilo_common.manifest import PLAIN_AGGREGATION, SECURE_AGGREGATION, Deadlines, EncodingTerms, Manifest, Participant
+from cosilo_common.manifest import PLAIN_AGGREGATION, SECURE_AGGREGATION, Deadlines, DownlinkTerms, EncodingTerms, Manifest, Participant
 from cosilo_common.secagg.messages import RoundKind
 from tests.simulation.network import Weather
 from tests.simulation.site import signing_key
@@ -55,9 +55,10 @@ class Scenario:
         first = self.manifests[0]
         mode = f"secure f={first.f}" if first.secure else "plain"
         cohort = f" cohort {first.cohort}" if first.cohort else ""
+        steps = " steps" if first.downlink else ""
         lies = f", lies {self.lies:g}" if self.lies else ""
         lies += f", misdealt {self.misdealt:g}" if self.misdealt else ""
-        return f"{len(self.sites)} sites, {len(self.manifests)} runs, {mode} b={first.encoding.bits}{cohort}{lies}"
+        return f"{len(self.sites)} sites, {len(self.manifests)} runs, {mode} b={first.encoding.bits}{steps}{cohort}{lies}"
 
 
 FAULTS = {
@@ -90,9 +91,10 @@ def scenario_of(seed: int, sites: int = 0) -> Scenario:
     names = tuple(f"site-{number:02}" for number in range(count))
     secure = random.random() < 0.8
     bits = random.choice((32, 32, 24))
-    manifests = [_manifest(random, names, secure, bits, 0)]
+    downlink = DownlinkTerms() if Random(f"steps/{seed}").random() < 0.2 else None
+    manifests = [_manifest(random, names, secure, bits, downlink, 0)]
     if random.random() < 0.15 and count < 8:
-        manifests.append(_manifest(random, names, secure, bits, 1))
+        manifests.append(_manifest(random, names, secure, bits, downlink, 1))
     stormy = random.random()
     return Scenario(
         seed=seed,
@@ -130,7 +132,7 @@ def _count(random: Random) -> int:
     return random.randint(7, 12) if draw < 0.99 else 13 + int(38 * random.random() ** 2)
 
 
-def _manifest(random: Random, names: tuple[str, ...], secure: bool, bits: int, number: int) -> Manifest:
+def _manifest(random: Random, names: tuple[str, ...], secure: bool, bits: int, downlink: DownlinkTerms | None, number: int) -> Manifest:
     recipe = preset("digits")
     if number and len(names) > 3:
         names = tuple(sorted(random.sample(names, random.randint(3, len(names)))))
@@ -148,6 +150,7 @@ def _manifest(random: Random, names: tuple[str, ...], secure: bool, bits: int, n
         tensors=TENSORS,
         aggregation=SECURE_AGGREGATION if secure else PLAIN_AGGREGATION,
         encoding=EncodingTerms(bits=bits, clip=CLIP, cap=CAP),
+        downlink=downlink,
         ema_decay=random.choice((0.0, 0.0, 0.5)),
         n_min=3,
         f=f,

@@ -50,7 +50,7 @@ class BreakableFederation(LocalFederation):
     """Four sites, each behind a relay; they look for the coordinator again within a second."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(root, digits_sites(root, SITES, alpha=0.5, least=200, seed=1))
+        super().__init__(root, digits_sites(root, SITES, alpha=0.5, least=200, seed=1), typed=False)
         self.relays: dict[str, Relay] = {}
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

@@ -26,7 +26,7 @@ THREADS = 2  # of the coordinator's worker: with another number the last bits ma
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
     root = tmp_path_factory.mktemp("correction")
-    with LocalFederation(root, digits_sites(root, 3, alpha=0.5, least=200, seed=1)) as federation:
+    with LocalFederation(root, digits_sites(root, 3, alpha=0.5, least=200, seed=1), typed=False) as federation:
         federation.start()
         yield federation
 

@@ -59,7 +59,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFedera
         patch.setenv("PYTHONPATH", str(modules))
         patch.setattr(sys, "path", [str(modules), *sys.path])
         specs = [replace(spec, evaluation={"extractor": NETWORK}) for spec in digits_sites(root, 3, alpha=0.5, least=200, seed=1)]
-        with LocalFederation(root, specs) as federation:
+        with LocalFederation(root, specs, typed=False) as federation:
             federation.start()
             yield federation
 

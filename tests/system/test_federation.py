@@ -30,7 +30,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFedera
     """Four sites that are members and connected."""
     root = tmp_path_factory.mktemp("federation")
     policy = {"allow_insecure_plain_sum": True, "cohort_min": 1}
-    with LocalFederation(root, digits_sites(root, 4, alpha=0.5, least=200, seed=1, policy=policy)) as federation:
+    with LocalFederation(root, digits_sites(root, 4, alpha=0.5, least=200, seed=1, policy=policy), typed=False) as federation:
         federation.start()
         yield federation
 

@@ -31,7 +31,7 @@ CONTROLLED = {"steps_per_epoch": 4, "optimiser": "sgd", "learning_rate": 0.05, "
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
     root = tmp_path_factory.mktemp("kept")
-    with LocalFederation(root, digits_sites(root, 4, alpha=0.5, least=200, seed=1)) as federation:
+    with LocalFederation(root, digits_sites(root, 4, alpha=0.5, least=200, seed=1), typed=False) as federation:
         federation.start()
         yield federation
 

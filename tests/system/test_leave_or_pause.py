@@ -20,7 +20,7 @@ WAIT_S = 120.0  # a cold trainer on a machine that others share has taken 17 s
 
 
 def test_pause_and_leave_as_people_type_it(tmp_path: Path) -> None:
-    with LocalFederation(tmp_path, digits_sites(tmp_path, 4, alpha=0.5, least=200, seed=1)) as federation:
+    with LocalFederation(tmp_path, digits_sites(tmp_path, 4, alpha=0.5, least=200, seed=1), typed=False) as federation:
         federation.start()
         names = sorted(federation.sites)
         busy, leaver = names[0], names[-1]

@@ -32,7 +32,7 @@ def test_the_base_comes_down_once_and_only_adapters_go_up(tmp_path: Path) -> Non
     digest = file_digest(own)
     terms = Lora(base=digest, base_bytes=file_bytes(table), rank=4, targets=TARGETS)
     adapters = adapter_table(architecture, terms)
-    with LocalFederation(tmp_path, digits_sites(tmp_path, 3, alpha=0.5, least=200, seed=1)) as federation:
+    with LocalFederation(tmp_path, digits_sites(tmp_path, 3, alpha=0.5, least=200, seed=1), typed=False) as federation:
         federation.start()
         (federation.data / "warm").mkdir()
         (federation.data / "warm" / f"{digest}.safetensors").write_bytes(own.read_bytes())

@@ -38,7 +38,7 @@ def seen_version(federation: LocalFederation, site: str) -> int:
 def test_a_run_goes_on_after_its_coordinator_was_restored(tmp_path: Path) -> None:
     specs = digits_sites(tmp_path, 5, alpha=0.5, least=200, seed=3)
     sites, spare = sorted(spec.name for spec in specs[:4]), specs[4].name
-    with LocalFederation(tmp_path, specs, local_demo=False) as federation:
+    with LocalFederation(tmp_path, specs, local_demo=False, typed=False) as federation:
         federation.initialise()
         federation.start_coordinator()
         for name in federation.sites:

@@ -61,7 +61,7 @@ class Tried:
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
     root = tmp_path_factory.mktemp("runs")
     specs = [replace(spec, policy=POLICIES[spec.name]) for spec in digits_sites(root, PARTICIPANTS, alpha=0.5, least=180, seed=1)]
-    with LocalFederation(root, specs) as federation:
+    with LocalFederation(root, specs, typed=False) as federation:
         federation.start()
         yield federation
 

@@ -1,6 +1,7 @@
 """The study's runner over real daemons: a cell from its scenario to results.json, cut off in the middle and gone on with."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from bench.study import run
 from bench.study.assessment import Assessor
+from tests.federation.local import LocalFederation
 
 SITES = {"site-a": 30, "site-b": 40, "site-c": 50, "holdout": 20}
 TRAINED = 0.9 * (30 + 40 + 50)  # a tenth of each site's is held out
@@ -80,6 +82,7 @@ def test_a_scenario_that_is_cut_off_goes_on_in_the_same_run_and_ends_in_results(
         return assess(self, *values, **more)
 
     monkeypatch.setattr(Assessor, "assess", cut_off)
+    monkeypatch.setattr("bench.study.federated.LocalFederation", partial(LocalFederation, typed=False))
     assert run.main(arguments) == 130
     before = json.loads((tmp_path / "results" / "tiny" / "results.json").read_text())
     assert list(before["cells"]) == ["centralised"]

@@ -15,7 +15,16 @@ from cosilo_common.errors import CosiloError
 from cosilo_common.identity.folder import load_identity
 from cosilo_server import backup as module
 from cosilo_server.artifacts import Artifacts
-from cosilo_server.backup import LISTING_FILE, UNFINISHED_FILE, back_up, check_restored, data_folder_after, read_backup, restore
+from cosilo_server.backup import (
+    LISTING_FILE,
+    UNFINISHED_FILE,
+    back_up,
+    check_restored,
+    data_folder_after,
+    newest_weights,
+    read_backup,
+    restore,
+)
 from cosilo_server.store import Store
 from tests.identity_parties import FEDERATION, found
 from tests.unit.test_retention import RUN, Folder
@@ -64,6 +73,17 @@ def test_what_is_restored_is_what_was_backed_up(place: Place, tmp_path: Path) ->
     assert [c.round for c in store.checkpoints(RUN)] == list(range(9))
     assert set(artifacts.digests()) == {digest.hex() for digest in store.shelf.references()}
     check_restored(new.parent / "data")
+
+
+def test_a_backup_says_which_weights_a_new_federation_can_begin_from(place: Place, tmp_path: Path) -> None:
+    back_up(place.config, tmp_path / "backup")
+    before = whole(tmp_path / "backup")
+    (newest,) = newest_weights(tmp_path / "backup")
+    store = Store(place.data / "state.db")
+    last = store.checkpoints(RUN)[-1]
+    assert (newest.run, newest.round, newest.weights.name) == (RUN.hex(), 8, last.weights.hex())
+    assert newest.weights.is_file()
+    assert whole(tmp_path / "backup") == before
 
 
 def test_who_did_what_is_not_lost_with_the_machine(place: Place, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import cosilo_server.cli
 from cosilo_common.diffusion.lora import Lora, file_bytes
 from cosilo_common.diffusion.presets import PRESETS
 from cosilo_common.errors import CosiloError
-from cosilo_common.manifest import CorrectionTerms, parse_manifest
+from cosilo_common.manifest import CorrectionTerms, DownlinkTerms, parse_manifest
 from cosilo_common.weights import TensorTable
 from cosilo_server.cli.run_file import RunFile
 
@@ -174,6 +174,7 @@ def test_the_example_shows_the_defaults(tmp_path: Path) -> None:
     assert everything.evaluation is not None and everything.warm_start is not None  # shown filled in: no network is the default
     assert everything.lora is not None and everything.tensor_table == ADAPTERS
     assert everything.lora == Lora(base="0" * 64, base_bytes=file_bytes(TABLE))
-    tables = {"evaluation": None, "warm_start": None, "lora": None, "tensors": plain.tensors}
+    assert everything.downlink == DownlinkTerms()
+    tables = {"evaluation": None, "warm_start": None, "lora": None, "downlink": None, "tensors": plain.tensors}
     assert everything.model_copy(update={**overrides, **tables}) == plain
     assert b"warm_start" not in plain.canonical()

@@ -33,8 +33,9 @@ def random_words(length: int, bits: int, seed: int) -> np.ndarray:
 
 def loaded(early: EarlySum, length: int) -> np.ndarray:
     out = np.empty(length, np.uint32)
-    for chunk, start in enumerate(range(0, length, CHUNK_WORDS)):
-        early.load(chunk, out[start : start + CHUNK_WORDS])
+    with early:
+        for chunk, start in enumerate(range(0, length, CHUNK_WORDS)):
+            early.load(chunk, out[start : start + CHUNK_WORDS])
     return out
 
 
@@ -81,9 +82,10 @@ def test_a_sum_that_changed_on_the_disk_is_found_out(tmp_path: Path, what: str) 
     else:
         del changed[-1]
     path.write_bytes(changed)
-    early.load(0, np.empty(CHUNK_WORDS, np.uint32))
-    with pytest.raises(CosiloError, match="chunk 1 is not what was written"):
-        early.load(1, np.empty(9, np.uint32))
+    with early:
+        early.load(0, np.empty(CHUNK_WORDS, np.uint32))
+        with pytest.raises(CosiloError, match="chunk 1 is not what was written"):
+            early.load(1, np.empty(9, np.uint32))
     with pytest.raises(CosiloError, match="chunk 1"):  # nor does it take another upload, and is broken then
         early.add("riverside", read_from(data), sha256(data).digest())
     assert early.digests == {}

@@ -59,8 +59,9 @@ class Folder:
             self.add(number)
 
     def add(self, number: int) -> None:
+        row = {name: value for name, value in vars(self.checkpoint(number)).items() if name != "step"}
         with self.store._engine.begin() as db:
-            db.execute(schema.checkpoints.insert().values(vars(self.checkpoint(number))))
+            db.execute(schema.checkpoints.insert().values(row))
 
     def collected(self, **expected: int) -> None:
         done = self.collector.collect()

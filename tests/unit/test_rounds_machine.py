@@ -35,12 +35,13 @@ from cosilo_server.rounds.events import (
 )
 from cosilo_server.rounds.machine import ATTEMPTS_MAX, GRACES_MAX, TABLE, barred, begin, step, waiting_for
 from cosilo_server.rounds.record import dump, load
-from cosilo_server.rounds.state import Activity, Deadlines, DeclineCode, Phase, Terms, Upload
+from cosilo_server.rounds.state import Activity, Deadlines, DeclineCode, Phase, Terms, Upload, WeightsStep
 
 NAMES = ("st-anna", "st-beda", "st-clara", "st-david", "st-egon")
 MORE = (*NAMES, "st-felix", "st-gallus", "st-hilda", "st-ida")
 DEADLINES = Deadlines(gather_s=10, training_s=100, sharing_s=20, uploading_s=50, consenting_s=20, revealing_s=20)
 BASE = hashlib.sha256(b"weights").digest()
+STEP = WeightsStep(hashlib.sha256(b"step").digest(), hashlib.sha256(b"weights before").digest(), 786_432)
 
 
 class Script:
@@ -202,6 +203,18 @@ def test_a_dribble_of_bytes_is_no_progress() -> None:
     assert script.state.sites[NAMES[3]].progressed_at == 1060
     script.say(Progressed(NAMES[3], Activity.FETCHING, 0, 70_000))
     assert script.state.sites[NAMES[3]].progressed_at == 1089
+
+
+def test_more_than_the_model_is_progress_only_where_a_step_was_fetched_in_vain() -> None:
+    for named, counts in ((None, 1 << 20), (STEP, (1 << 20) + 786_432)):
+        script = Script()
+        script.state = replace(script.state, step=named)
+        for moved in range(0, 4 << 20, 1 << 16):
+            script.now += 1
+            script.say(Progressed(NAMES[3], Activity.FETCHING, 10, moved))
+        last = script.state.sites[NAMES[3]].progressed_at
+        assert last == 1001 + (counts + (1 << 16)) // (1 << 16)  # one part beyond, since the count is rounded down
+        assert assignment_for(script.state, NAMES[0]).step == named
 
 
 def test_progress_never_runs_backwards() -> None:
@@ -418,6 +431,7 @@ def test_a_record_gives_the_same_round_back_without_what_is_transient() -> None:
     script.share()
     script.upload(*NAMES[:2])
     script.say(Declined(NAMES[3], DeclineCode.DISK))
+    script.state = replace(script.state, step=STEP)
     document, blobs = dump(script.state)
     state = script.state
     again = load(document, blobs, run=state.run, number=7, kind=RoundKind.TRAIN, terms=state.terms, started_at=state.started_at)

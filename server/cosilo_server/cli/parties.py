@@ -300,7 +300,7 @@ def _waiting(listed: list[EnrolmentShape], role: str, name: str) -> EnrolmentSha
         LEFT: lambda: f"cosilo {role} revoke {name}; to have it back, invite it again after that",
         "invited": lambda: f"have {name} enrol with the invitation first",
         "expired": lambda: f"invite it again: cosilo {role} invite {name} --out FILE",
-        "revoked": lambda: f"invite it again: cosilo {role} invite {name} --out FILE",
+        "revoked": lambda: f"invite it under a new name: cosilo {role} invite {name}-2 --out FILE",
     }
     raise CosiloError(operation, f"{name} is {_state_words(state)}", hints.get(state, lambda: "")())
 

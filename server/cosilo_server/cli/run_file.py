@@ -25,6 +25,7 @@ from cosilo_common.manifest import (
     CardTerms,
     CorrectionTerms,
     Deadlines,
+    DownlinkTerms,
     EncodingTerms,
     EvaluationTerms,
     Manifest,
@@ -43,6 +44,7 @@ OPTIONAL: Final[Mapping[str, Any]] = {
     "warm_start": WarmStartTerms,
     "lora": Lora,
     "correction": CorrectionTerms,
+    "downlink": DownlinkTerms,
 }
 TERMS: Final[Mapping[str, Any]] = {
     "encoding": EncodingTerms,

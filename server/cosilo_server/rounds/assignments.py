@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cosilo_common.secagg.messages import RoundKind
 from cosilo_server.rounds.machine import deadline_s, has_delivered
-from cosilo_server.rounds.state import Phase, Round
+from cosilo_server.rounds.state import Phase, Round, WeightsStep
 
 _ROSTER_KNOWN = frozenset({Phase.SHARING, Phase.UPLOADING, Phase.CONSENTING, Phase.REVEALING, Phase.OPENING})
 _SURVIVORS_KNOWN = frozenset({Phase.CONSENTING, Phase.REVEALING, Phase.OPENING})
@@ -34,6 +34,7 @@ class Assignment:
     delivered: bool
     deadline_s: float
     reason: str
+    step: WeightsStep | None
 
 
 def assignment_for(state: Round, site: str) -> Assignment:
@@ -63,4 +64,5 @@ def assignment_for(state: Round, site: str) -> Assignment:
         delivered=has_delivered(state, site),
         deadline_s=deadline_s(state),
         reason=state.reason,
+        step=state.step,
     )

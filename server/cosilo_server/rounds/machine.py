@@ -42,7 +42,7 @@ from cosilo_server.rounds.events import (
     Tick,
     UploadReceived,
 )
-from cosilo_server.rounds.state import ACTIVITY_ORDER, DeclineCode, Phase, Round, Site, Terms
+from cosilo_server.rounds.state import ACTIVITY_ORDER, DeclineCode, Phase, Round, Site, Terms, WeightsStep
 
 ATTEMPTS_MAX = 5  # PROTOCOL.md, phase 2
 PROGRESS_PARTS = 128  # a transfer counts as advancing when it moved this part of the model: bounds how long a dribble can hold a round
@@ -76,11 +76,12 @@ def begin(
     connected: Iterable[str],
     now: float,
     gone: Iterable[str] = (),
+    step: WeightsStep | None = None,
 ) -> Step:
     """Begins a round: it gathers participants, and invites at once when all it wants are connected. gone: who is no member any more."""
     present, declined = set(connected), dict.fromkeys(gone, DeclineCode.NOT_ACCEPTED)
     sites = {name: Site(connected=name in present, progressed_at=now, declined=declined.get(name)) for name in terms.participants}
-    state = Round(run, number, kind, terms, base_digest, base_bytes, encoding, seed, now, phase_since=now, sites=sites)
+    state = Round(run, number, kind, terms, base_digest, base_bytes, encoding, seed, now, phase_since=now, sites=sites, step=step)
     return _advance(state, now)
 
 
@@ -158,7 +159,8 @@ def _progress(state: Round, name: str, said: Site, now: float) -> Round:
     """Takes progress when it is real: a later activity, a higher tenth, or a whole part of the model more, of which there are only so many."""
     site = state.sites[name]
     part = max(PROGRESS_BYTES_MIN, state.base_bytes // PROGRESS_PARTS)
-    most = state.base_bytes // part + 1  # a site says what it likes: more than the model is no progress
+    step_bytes = 0 if state.step is None else state.step.bytes
+    most = (state.base_bytes + step_bytes) // part + 1  # a site says what it likes: more than a step in vain and the model is no progress
     tenths = min(max(said.tenths, 0), 10)
     later = ACTIVITY_ORDER[said.activity] > ACTIVITY_ORDER[site.activity]
     further = tenths > site.tenths or min(said.bytes_moved // part, most) > site.bytes_moved // part

@@ -13,7 +13,7 @@ from typing import Any
 
 from cosilo_common.errors import CosiloError
 from cosilo_common.secagg.messages import RoundKind
-from cosilo_server.rounds.state import DeclineCode, Phase, Round, Site, Terms, Upload
+from cosilo_server.rounds.state import DeclineCode, Phase, Round, Site, Terms, Upload, WeightsStep
 
 _MESSAGES = ("advert", "shares", "consent", "reveal")
 
@@ -44,6 +44,7 @@ def dump(state: Round) -> tuple[str, dict[bytes, bytes]]:
         "reason": state.reason,
         "ended_at": state.ended_at,
         "sites": {name: _dump_site(site, keep) for name, site in sorted(state.sites.items())},
+        "step": None if state.step is None else [state.step.digest.hex(), state.step.base.hex(), state.step.bytes],
     }
     return json.dumps(document, sort_keys=True, separators=(",", ":")), blobs
 
@@ -88,7 +89,15 @@ def _load(
         checkpoint=bytes.fromhex(raw["checkpoint"]),
         reason=raw["reason"],
         ended_at=raw["ended_at"],
+        step=_load_step(raw.get("step")),  # a document of an earlier release has none
     )
+
+
+def _load_step(raw: list[Any] | None) -> WeightsStep | None:
+    if raw is None:
+        return None
+    digest, base, size = raw
+    return WeightsStep(bytes.fromhex(digest), bytes.fromhex(base), int(size))
 
 
 def _dump_site(site: Site, keep: Any) -> dict[str, Any]:

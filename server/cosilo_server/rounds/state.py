@@ -95,6 +95,15 @@ class Upload:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class WeightsStep:
+    """How a site that holds earlier weights makes the round's. digest: of the artifact; base: of those weights; 32 bytes each."""
+
+    digest: bytes
+    base: bytes
+    bytes: int
+
+
 _TRANSIENT = {"transient": True}
 
 
@@ -145,6 +154,7 @@ class Round:
     checkpoint: bytes = b""
     reason: str = ""
     ended_at: float = 0.0
+    step: WeightsStep | None = None
 
     @property
     def threshold(self) -> int:

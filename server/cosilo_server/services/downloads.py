@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 
 import grpc
 
@@ -15,6 +15,7 @@ from cosilo_common.chunk_flow import frames_from
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.names import Peer, Role
 from cosilo_common.rpc.v1 import site_pb2
+from cosilo_common.threads import opened_in_thread
 from cosilo_common.transfer import FileSource
 from cosilo_server.artifacts import Artifacts
 from cosilo_server.conductor import Conductor
@@ -22,7 +23,6 @@ from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed
 from cosilo_server.rounds.state import Activity, Round
 from cosilo_server.services.gate import Context, Gate
-from cosilo_server.services.opened import opened
 from cosilo_server.services.turns import Turns
 from cosilo_server.store import Store
 from cosilo_server.trace import FETCH
@@ -72,13 +72,14 @@ async def send_artifact(
     site = peer.name.name
     now = asyncio.get_running_loop().time
     sent, began = 0, time.monotonic()
-    leases = ExitStack()
+    held = AsyncExitStack()
     serving = _round_served(conductor, site, request.digest) if peer.name.role is Role.SITE else None
     fetch = conductor.trace.begin(serving, site, FETCH) if serving is not None else None
     try:
-        source = await opened(FileSource, leases.enter_context(artifacts.lease(request.digest.hex())))
+        path = held.enter_context(artifacts.lease(request.digest.hex()))
+        source = await held.enter_async_context(opened_in_thread(FileSource, path))
     except BaseException as error:  # also a caller that went while it was opened
-        leases.close()
+        await held.aclose()
         if fetch is not None:
             conductor.trace.end(fetch, "refused" if isinstance(error, CosiloError) else "cut")
         if not isinstance(error, CosiloError):
@@ -108,12 +109,11 @@ async def send_artifact(
         if fetch is not None:
             conductor.trace.end(fetch)
         metrics.transfer_duration.labels(direction="down").observe(time.monotonic() - began)
-        leases.close()
+        await held.aclose()
         notes.downloaded(str(peer.name), request.digest.hex(), source.size)
         artifacts.has_been_read(request.digest.hex())
     finally:
-        source.close()
-        leases.close()
+        await held.aclose()
         if peer.name.role is Role.SITE:
             metrics.transfer_bytes.labels(direction="down", site=site).inc(sent)
         if fetch is not None:
@@ -129,6 +129,10 @@ def base_of(conductor: Conductor, run: bytes) -> bytes | None:
 
 
 def _round_served(conductor: Conductor, site: str, digest: bytes) -> Round | None:
-    """The round in progress for which the site is fetching: its weights, or what its run's adapters stand on."""
-    rounds = (conductor.round(run) for run in conductor.runs_of(site))
-    return next((r for r in rounds if r is not None and not r.ended and digest in (r.base_digest, base_of(conductor, r.run))), None)
+    """The round in progress for which the site is fetching: its weights, the step to them, or what its run's adapters stand on."""
+    rounds = [found for run in conductor.runs_of(site) if (found := conductor.round(run)) is not None and not found.ended]
+    for state in rounds:
+        step = None if state.step is None else state.step.digest
+        if digest in (state.base_digest, step, base_of(conductor, state.run)):
+            return state
+    return None

@@ -200,12 +200,12 @@ class SiteService(site_pb2_grpc.SiteServiceServicer):
             yield response
 
     async def _may_fetch(self, site: str, digest: bytes, context: Context) -> None:
-        """A site may fetch the weights of its own runs, what their adapters stand on, and nothing else."""
+        """A site may fetch the weights of its own runs, steps to them, what their adapters stand on, and nothing else."""
         mine = set(self._conductor.runs_of(site))
         if any(digest == base_of(self._conductor, run) for run in mine):
             return
         found = await asyncio.to_thread(self._store.checkpoint_of, digest)
-        if not any(c.run in mine and c.weights == digest for c in found):
+        if not any(c.run in mine and (c.weights == digest or (c.step is not None and c.step.digest == digest)) for c in found):
             await self._gate.abort(
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,

@@ -39,8 +39,8 @@ _TRANSFER_STATUS = {
 class Gate:
     """Checks each caller's certificate against the federation and its members.
 
-    is_member(peer) answers from the newest members list; certificates, where given, judge by the trust document and keep
-    what was shown. TLS has already checked the chain.
+    is_member(peer) answers from the newest members list, and was_removed(name) whether a name that is none was one;
+    certificates, where given, judge by the trust document and keep what was shown. TLS has already checked the chain.
     """
 
     def __init__(
@@ -49,8 +49,10 @@ class Gate:
         is_member: Callable[[Peer], bool],
         metrics: CoordinatorMetrics,
         certificates: CertificateBook | None = None,
+        was_removed: Callable[[str], bool] | None = None,
     ) -> None:
         self._federation = federation
+        self._was_removed = was_removed
         self._is_member = is_member
         self._metrics = metrics
         self._certificates = certificates
@@ -134,11 +136,21 @@ class Gate:
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
                 "not_a_member",
-                f"{peer.name} is not a member of {self._federation}; an admin adds it with `cosilo {peer.name.role} approve {peer.name.name}`",
+                self.no_member(peer),
             )
         if self._certificates is not None and self._certificates.is_new(peer):
             await asyncio.to_thread(self._certificates.note, peer)
         return peer
+
+    def no_member(self, peer: Peer) -> str:
+        """Why, and the next thing to do: who was revoked is not approved again with the keys that it has."""
+        role, name = peer.name.role, peer.name.name
+        if self._was_removed is not None and self._was_removed(name):
+            return (
+                f"{peer.name} was revoked in {self._federation}; it comes back with new keys under a new name: "
+                f"an admin runs `cosilo {role} invite {name}-2 --out FILE`"
+            )
+        return f"{peer.name} is not a member of {self._federation}; an admin adds it with `cosilo {role} approve {name}`"
 
     async def abort(self, context: Context, code: grpc.StatusCode, reason: str, detail: str) -> NoReturn:
         """Refuses a call: counted under `reason`, logged, told to the caller."""

@@ -70,4 +70,5 @@ def assignment_to_wire(owed: Assignment) -> site_pb2.Assignment:
         delivered=owed.delivered,
         deadline_s=owed.deadline_s,
         reason=owed.reason,
+        step=None if owed.step is None else site_pb2.Step(digest=owed.step.digest, bytes=owed.step.bytes, base_digest=owed.step.base),
     )

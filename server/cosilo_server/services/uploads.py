@@ -20,12 +20,12 @@ from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.secagg.messages import Signed
 from cosilo_common.secagg.messages import Upload as UploadBody
 from cosilo_common.secagg.violation import ProtocolViolation, Rule
+from cosilo_common.threads import opened_in_thread
 from cosilo_common.transfer import CHUNK_BYTES, FileSink, Refusal, TransferError, file_digest, sync_folder
 from cosilo_server.conductor import Conductor
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Progressed, UploadReceived
 from cosilo_server.rounds.state import Activity, Phase, Round, Upload
-from cosilo_server.services.opened import opened
 from cosilo_server.services.turns import Turn, Turns
 from cosilo_server.spool import Spool
 from cosilo_server.store import Store
@@ -88,20 +88,14 @@ class UploadDesk:
             yield site_pb2.PutUpdateResponse(resume_offset=body.size_bytes)
         else:
             async with self._turns.turn() as turn:  # before the answer: until then the site sends nothing that would lie in memory
-                sink = await self._sink(state, site, body)
-                try:
+                into = (state.run.hex(), state.number, site, body.size_bytes, body.digest.hex())
+                async with opened_in_thread(self._spool.receive, *into) as sink:  # which holds a descriptor and a lock
                     if sink.offset:
                         self._metrics.upload_resumed.inc()
                     yield site_pb2.PutUpdateResponse(resume_offset=sink.offset)
                     await self._fill(sink, iterator, state, site, turn)
-                finally:
-                    sink.close()  # also where the call is cancelled at the answer above: the sink holds a descriptor and a lock
         await self._deliver(state, site, signed, body)
         yield site_pb2.PutUpdateResponse(stored=True)
-
-    async def _sink(self, state: Round, site: str, body: UploadBody) -> FileSink:
-        """Where the upload is received."""
-        return await opened(self._spool.receive, state.run.hex(), state.number, site, body.size_bytes, body.digest.hex())
 
     def _open(self, site: str, first: bytes) -> tuple[Round, Signed]:
         try:

@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63osilo_common/rpc/v1/site.proto\x12\tcosilo.v1\"\x0e\n\x0cLeaveRequest\"\x0f\n\rLeaveResponse\"\x8a\x01\n\rAttendRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.cosilo.v1.HelloH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.cosilo.v1.ProgressH\x00\x12%\n\x07\x64\x65\x63line\x18\x03 \x01(\x0b\x32\x12.cosilo.v1.DeclineH\x00\x42\x06\n\x04what\"3\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08software\x18\x02 \x01(\t\"p\n\x08Progress\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12)\n\x08\x61\x63tivity\x18\x03 \x01(\x0e\x32\x17.cosilo.v1.SiteActivity\x12\x0e\n\x06tenths\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\\\n\x07\x44\x65\x63line\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12$\n\x04\x63ode\x18\x03 \x01(\x0e\x32\x16.cosilo.v1.DeclineCode\x12\x0f\n\x07reached\x18\x04 \x01(\x04\"\x7f\n\x0e\x41ttendResponse\x12#\n\x04owed\x18\x01 \x03(\x0b\x32\x15.cosilo.v1.Assignment\x12\x17\n\x0fmembers_version\x18\x02 \x01(\x04\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x15\n\rtrust_version\x18\x04 \x01(\x04\"\xfd\x02\n\nAssignment\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.cosilo.v1.RoundKind\x12$\n\x05phase\x18\x04 \x01(\x0e\x32\x15.cosilo.v1.RoundPhase\x12\x0f\n\x07invited\x18\x05 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x15\n\rinvited_sites\x18\x07 \x03(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x08 \x01(\x0c\x12\x12\n\nbase_bytes\x18\t \x01(\x04\x12\x10\n\x08\x65ncoding\x18\n \x01(\x0c\x12\x0e\n\x06roster\x18\x0b \x03(\x0c\x12\x0e\n\x06shares\x18\x0c \x03(\x0c\x12\x11\n\tsurvivors\x18\r \x03(\t\x12\x10\n\x08\x63onsents\x18\x0e \x03(\x0c\x12\x19\n\x11\x63heckpoint_digest\x18\x0f \x01(\x0c\x12\x11\n\tdelivered\x18\x10 \x01(\x08\x12\x12\n\ndeadline_s\x18\x11 \x01(\x01\x12\x0e\n\x06reason\x18\x12 \x01(\t\"4\n\x12GetArtifactRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"8\n\x13GetArtifactResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"X\n\x10PutUpdateRequest\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12,\n\x06header\x18\x02 \x01(\x0b\x32\x1a.cosilo.v1.PutUpdateHeaderH\x00\x42\x06\n\x04what\"Q\n\x0fPutUpdateHeader\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x11\n\tstatement\x18\x04 \x01(\x0c\"F\n\x11PutUpdateResponse\x12\x17\n\rresume_offset\x18\x01 \x01(\x04H\x00\x12\x10\n\x06stored\x18\x02 \x01(\x08H\x00\x42\x06\n\x04what\" \n\rSubmitRequest\x12\x0f\n\x07message\x18\x01 \x01(\x0c\"\x10\n\x0eSubmitResponse\"\x1c\n\rGetRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\x0c\"E\n\x0eGetRunResponse\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0e\n\x06signer\x18\x03 \x01(\t\"\x13\n\x11ListMyRunsRequest\"\"\n\x12ListMyRunsResponse\x12\x0c\n\x04runs\x18\x01 \x03(\x0c\"\x13\n\x11GetMembersRequest\"4\n\x12GetMembersResponse\x12\x0f\n\x07members\x18\x01 \x01(\x0c\x12\r\n\x05trust\x18\x02 \x01(\x0c\"&\n\x17RenewCertificateRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"5\n\x18RenewCertificateResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c*\x8a\x01\n\tRoundKind\x12\x1a\n\x16ROUND_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10ROUND_KIND_TRAIN\x10\x01\x12\x18\n\x14ROUND_KIND_REHEARSAL\x10\x02\x12\x19\n\x15ROUND_KIND_STATISTICS\x10\x03\x12\x16\n\x12ROUND_KIND_MOMENTS\x10\x04*\x95\x02\n\nRoundPhase\x12\x1b\n\x17ROUND_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROUND_PHASE_GATHERING\x10\x01\x12\x18\n\x14ROUND_PHASE_TRAINING\x10\x02\x12\x17\n\x13ROUND_PHASE_SHARING\x10\x03\x12\x19\n\x15ROUND_PHASE_UPLOADING\x10\x04\x12\x1a\n\x16ROUND_PHASE_CONSENTING\x10\x05\x12\x19\n\x15ROUND_PHASE_REVEALING\x10\x06\x12\x17\n\x13ROUND_PHASE_OPENING\x10\x07\x12\x16\n\x12ROUND_PHASE_CLOSED\x10\x08\x12\x19\n\x15ROUND_PHASE_ABANDONED\x10\t*\xb8\x01\n\x0cSiteActivity\x12\x1d\n\x19SITE_ACTIVITY_UNSPECIFIED\x10\x00\x12\x1a\n\x16SITE_ACTIVITY_FETCHING\x10\x01\x12\x1a\n\x16SITE_ACTIVITY_TRAINING\x10\x02\x12\x19\n\x15SITE_ACTIVITY_MASKING\x10\x03\x12\x1b\n\x17SITE_ACTIVITY_UPLOADING\x10\x04\x12\x19\n\x15SITE_ACTIVITY_WAITING\x10\x05*\xdf\x01\n\x0b\x44\x65\x63lineCode\x12\x1c\n\x18\x44\x45\x43LINE_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45\x43LINE_CODE_NOT_ACCEPTED\x10\x01\x12\x17\n\x13\x44\x45\x43LINE_CODE_POLICY\x10\x02\x12\x19\n\x15\x44\x45\x43LINE_CODE_PROTOCOL\x10\x03\x12\x15\n\x11\x44\x45\x43LINE_CODE_DATA\x10\x04\x12\x18\n\x14\x44\x45\x43LINE_CODE_TRAINER\x10\x05\x12\x15\n\x11\x44\x45\x43LINE_CODE_DISK\x10\x06\x12\x17\n\x13\x44\x45\x43LINE_CODE_PAUSED\x10\x07\x32\x99\x05\n\x0bSiteService\x12\x41\n\x06\x41ttend\x12\x18.cosilo.v1.AttendRequest\x1a\x19.cosilo.v1.AttendResponse(\x01\x30\x01\x12N\n\x0bGetArtifact\x12\x1d.cosilo.v1.GetArtifactRequest\x1a\x1e.cosilo.v1.GetArtifactResponse0\x01\x12J\n\tPutUpdate\x12\x1b.cosilo.v1.PutUpdateRequest\x1a\x1c.cosilo.v1.PutUpdateResponse(\x01\x30\x01\x12=\n\x06Submit\x12\x18.cosilo.v1.SubmitRequest\x1a\x19.cosilo.v1.SubmitResponse\x12=\n\x06GetRun\x12\x18.cosilo.v1.GetRunRequest\x1a\x19.cosilo.v1.GetRunResponse\x12I\n\nListMyRuns\x12\x1c.cosilo.v1.ListMyRunsRequest\x1a\x1d.cosilo.v1.ListMyRunsResponse\x12I\n\nGetMembers\x12\x1c.cosilo.v1.GetMembersRequest\x1a\x1d.cosilo.v1.GetMembersResponse\x12[\n\x10RenewCertificate\x12\".cosilo.v1.RenewCertificateRequest\x1a#.cosilo.v1.RenewCertificateResponse\x12:\n\x05Leave\x12\x17.cosilo.v1.LeaveRequest\x1a\x18.cosilo.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63osilo_common/rpc/v1/site.proto\x12\tcosilo.v1\"\x0e\n\x0cLeaveRequest\"\x0f\n\rLeaveResponse\"\x8a\x01\n\rAttendRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.cosilo.v1.HelloH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.cosilo.v1.ProgressH\x00\x12%\n\x07\x64\x65\x63line\x18\x03 \x01(\x0b\x32\x12.cosilo.v1.DeclineH\x00\x42\x06\n\x04what\"3\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08software\x18\x02 \x01(\t\"p\n\x08Progress\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12)\n\x08\x61\x63tivity\x18\x03 \x01(\x0e\x32\x17.cosilo.v1.SiteActivity\x12\x0e\n\x06tenths\x18\x04 \x01(\r\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\\\n\x07\x44\x65\x63line\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12$\n\x04\x63ode\x18\x03 \x01(\x0e\x32\x16.cosilo.v1.DeclineCode\x12\x0f\n\x07reached\x18\x04 \x01(\x04\"\x7f\n\x0e\x41ttendResponse\x12#\n\x04owed\x18\x01 \x03(\x0b\x32\x15.cosilo.v1.Assignment\x12\x17\n\x0fmembers_version\x18\x02 \x01(\x04\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x15\n\rtrust_version\x18\x04 \x01(\x04\"\x9c\x03\n\nAssignment\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.cosilo.v1.RoundKind\x12$\n\x05phase\x18\x04 \x01(\x0e\x32\x15.cosilo.v1.RoundPhase\x12\x0f\n\x07invited\x18\x05 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x15\n\rinvited_sites\x18\x07 \x03(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x08 \x01(\x0c\x12\x12\n\nbase_bytes\x18\t \x01(\x04\x12\x10\n\x08\x65ncoding\x18\n \x01(\x0c\x12\x0e\n\x06roster\x18\x0b \x03(\x0c\x12\x0e\n\x06shares\x18\x0c \x03(\x0c\x12\x11\n\tsurvivors\x18\r \x03(\t\x12\x10\n\x08\x63onsents\x18\x0e \x03(\x0c\x12\x19\n\x11\x63heckpoint_digest\x18\x0f \x01(\x0c\x12\x11\n\tdelivered\x18\x10 \x01(\x08\x12\x12\n\ndeadline_s\x18\x11 \x01(\x01\x12\x0e\n\x06reason\x18\x12 \x01(\t\x12\x1d\n\x04step\x18\x13 \x01(\x0b\x32\x0f.cosilo.v1.Step\":\n\x04Step\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\x0c\"4\n\x12GetArtifactRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"8\n\x13GetArtifactResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"X\n\x10PutUpdateRequest\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12,\n\x06header\x18\x02 \x01(\x0b\x32\x1a.cosilo.v1.PutUpdateHeaderH\x00\x42\x06\n\x04what\"Q\n\x0fPutUpdateHeader\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x11\n\tstatement\x18\x04 \x01(\x0c\"F\n\x11PutUpdateResponse\x12\x17\n\rresume_offset\x18\x01 \x01(\x04H\x00\x12\x10\n\x06stored\x18\x02 \x01(\x08H\x00\x42\x06\n\x04what\" \n\rSubmitRequest\x12\x0f\n\x07message\x18\x01 \x01(\x0c\"\x10\n\x0eSubmitResponse\"\x1c\n\rGetRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\x0c\"E\n\x0eGetRunResponse\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0e\n\x06signer\x18\x03 \x01(\t\"\x13\n\x11ListMyRunsRequest\"\"\n\x12ListMyRunsResponse\x12\x0c\n\x04runs\x18\x01 \x03(\x0c\"\x13\n\x11GetMembersRequest\"4\n\x12GetMembersResponse\x12\x0f\n\x07members\x18\x01 \x01(\x0c\x12\r\n\x05trust\x18\x02 \x01(\x0c\"&\n\x17RenewCertificateRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"5\n\x18RenewCertificateResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c*\x8a\x01\n\tRoundKind\x12\x1a\n\x16ROUND_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10ROUND_KIND_TRAIN\x10\x01\x12\x18\n\x14ROUND_KIND_REHEARSAL\x10\x02\x12\x19\n\x15ROUND_KIND_STATISTICS\x10\x03\x12\x16\n\x12ROUND_KIND_MOMENTS\x10\x04*\x95\x02\n\nRoundPhase\x12\x1b\n\x17ROUND_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROUND_PHASE_GATHERING\x10\x01\x12\x18\n\x14ROUND_PHASE_TRAINING\x10\x02\x12\x17\n\x13ROUND_PHASE_SHARING\x10\x03\x12\x19\n\x15ROUND_PHASE_UPLOADING\x10\x04\x12\x1a\n\x16ROUND_PHASE_CONSENTING\x10\x05\x12\x19\n\x15ROUND_PHASE_REVEALING\x10\x06\x12\x17\n\x13ROUND_PHASE_OPENING\x10\x07\x12\x16\n\x12ROUND_PHASE_CLOSED\x10\x08\x12\x19\n\x15ROUND_PHASE_ABANDONED\x10\t*\xb8\x01\n\x0cSiteActivity\x12\x1d\n\x19SITE_ACTIVITY_UNSPECIFIED\x10\x00\x12\x1a\n\x16SITE_ACTIVITY_FETCHING\x10\x01\x12\x1a\n\x16SITE_ACTIVITY_TRAINING\x10\x02\x12\x19\n\x15SITE_ACTIVITY_MASKING\x10\x03\x12\x1b\n\x17SITE_ACTIVITY_UPLOADING\x10\x04\x12\x19\n\x15SITE_ACTIVITY_WAITING\x10\x05*\xdf\x01\n\x0b\x44\x65\x63lineCode\x12\x1c\n\x18\x44\x45\x43LINE_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45\x43LINE_CODE_NOT_ACCEPTED\x10\x01\x12\x17\n\x13\x44\x45\x43LINE_CODE_POLICY\x10\x02\x12\x19\n\x15\x44\x45\x43LINE_CODE_PROTOCOL\x10\x03\x12\x15\n\x11\x44\x45\x43LINE_CODE_DATA\x10\x04\x12\x18\n\x14\x44\x45\x43LINE_CODE_TRAINER\x10\x05\x12\x15\n\x11\x44\x45\x43LINE_CODE_DISK\x10\x06\x12\x17\n\x13\x44\x45\x43LINE_CODE_PAUSED\x10\x07\x32\x99\x05\n\x0bSiteService\x12\x41\n\x06\x41ttend\x12\x18.cosilo.v1.AttendRequest\x1a\x19.cosilo.v1.AttendResponse(\x01\x30\x01\x12N\n\x0bGetArtifact\x12\x1d.cosilo.v1.GetArtifactRequest\x1a\x1e.cosilo.v1.GetArtifactResponse0\x01\x12J\n\tPutUpdate\x12\x1b.cosilo.v1.PutUpdateRequest\x1a\x1c.cosilo.v1.PutUpdateResponse(\x01\x30\x01\x12=\n\x06Submit\x12\x18.cosilo.v1.SubmitRequest\x1a\x19.cosilo.v1.SubmitResponse\x12=\n\x06GetRun\x12\x18.cosilo.v1.GetRunRequest\x1a\x19.cosilo.v1.GetRunResponse\x12I\n\nListMyRuns\x12\x1c.cosilo.v1.ListMyRunsRequest\x1a\x1d.cosilo.v1.ListMyRunsResponse\x12I\n\nGetMembers\x12\x1c.cosilo.v1.GetMembersRequest\x1a\x1d.cosilo.v1.GetMembersResponse\x12[\n\x10RenewCertificate\x12\".cosilo.v1.RenewCertificateRequest\x1a#.cosilo.v1.RenewCertificateResponse\x12:\n\x05Leave\x12\x17.cosilo.v1.LeaveRequest\x1a\x18.cosilo.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cosilo_common.rpc.v1.site_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUNDKIND']._serialized_start=1732
-  _globals['_ROUNDKIND']._serialized_end=1870
-  _globals['_ROUNDPHASE']._serialized_start=1873
-  _globals['_ROUNDPHASE']._serialized_end=2150
-  _globals['_SITEACTIVITY']._serialized_start=2153
-  _globals['_SITEACTIVITY']._serialized_end=2337
-  _globals['_DECLINECODE']._serialized_start=2340
-  _globals['_DECLINECODE']._serialized_end=2563
+  _globals['_ROUNDKIND']._serialized_start=1823
+  _globals['_ROUNDKIND']._serialized_end=1961
+  _globals['_ROUNDPHASE']._serialized_start=1964
+  _globals['_ROUNDPHASE']._serialized_end=2241
+  _globals['_SITEACTIVITY']._serialized_start=2244
+  _globals['_SITEACTIVITY']._serialized_end=2428
+  _globals['_DECLINECODE']._serialized_start=2431
+  _globals['_DECLINECODE']._serialized_end=2654
   _globals['_LEAVEREQUEST']._serialized_start=46
   _globals['_LEAVEREQUEST']._serialized_end=60
   _globals['_LEAVERESPONSE']._serialized_start=62
@@ -54,37 +54,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTENDRESPONSE']._serialized_start=481
   _globals['_ATTENDRESPONSE']._serialized_end=608
   _globals['_ASSIGNMENT']._serialized_start=611
-  _globals['_ASSIGNMENT']._serialized_end=992
-  _globals['_GETARTIFACTREQUEST']._serialized_start=994
-  _globals['_GETARTIFACTREQUEST']._serialized_end=1046
-  _globals['_GETARTIFACTRESPONSE']._serialized_start=1048
-  _globals['_GETARTIFACTRESPONSE']._serialized_end=1104
-  _globals['_PUTUPDATEREQUEST']._serialized_start=1106
-  _globals['_PUTUPDATEREQUEST']._serialized_end=1194
-  _globals['_PUTUPDATEHEADER']._serialized_start=1196
-  _globals['_PUTUPDATEHEADER']._serialized_end=1277
-  _globals['_PUTUPDATERESPONSE']._serialized_start=1279
-  _globals['_PUTUPDATERESPONSE']._serialized_end=1349
-  _globals['_SUBMITREQUEST']._serialized_start=1351
-  _globals['_SUBMITREQUEST']._serialized_end=1383
-  _globals['_SUBMITRESPONSE']._serialized_start=1385
-  _globals['_SUBMITRESPONSE']._serialized_end=1401
-  _globals['_GETRUNREQUEST']._serialized_start=1403
-  _globals['_GETRUNREQUEST']._serialized_end=1431
-  _globals['_GETRUNRESPONSE']._serialized_start=1433
-  _globals['_GETRUNRESPONSE']._serialized_end=1502
-  _globals['_LISTMYRUNSREQUEST']._serialized_start=1504
-  _globals['_LISTMYRUNSREQUEST']._serialized_end=1523
-  _globals['_LISTMYRUNSRESPONSE']._serialized_start=1525
-  _globals['_LISTMYRUNSRESPONSE']._serialized_end=1559
-  _globals['_GETMEMBERSREQUEST']._serialized_start=1561
-  _globals['_GETMEMBERSREQUEST']._serialized_end=1580
-  _globals['_GETMEMBERSRESPONSE']._serialized_start=1582
-  _globals['_GETMEMBERSRESPONSE']._serialized_end=1634
-  _globals['_RENEWCERTIFICATEREQUEST']._serialized_start=1636
-  _globals['_RENEWCERTIFICATEREQUEST']._serialized_end=1674
-  _globals['_RENEWCERTIFICATERESPONSE']._serialized_start=1676
-  _globals['_RENEWCERTIFICATERESPONSE']._serialized_end=1729
-  _globals['_SITESERVICE']._serialized_start=2566
-  _globals['_SITESERVICE']._serialized_end=3231
+  _globals['_ASSIGNMENT']._serialized_end=1023
+  _globals['_STEP']._serialized_start=1025
+  _globals['_STEP']._serialized_end=1083
+  _globals['_GETARTIFACTREQUEST']._serialized_start=1085
+  _globals['_GETARTIFACTREQUEST']._serialized_end=1137
+  _globals['_GETARTIFACTRESPONSE']._serialized_start=1139
+  _globals['_GETARTIFACTRESPONSE']._serialized_end=1195
+  _globals['_PUTUPDATEREQUEST']._serialized_start=1197
+  _globals['_PUTUPDATEREQUEST']._serialized_end=1285
+  _globals['_PUTUPDATEHEADER']._serialized_start=1287
+  _globals['_PUTUPDATEHEADER']._serialized_end=1368
+  _globals['_PUTUPDATERESPONSE']._serialized_start=1370
+  _globals['_PUTUPDATERESPONSE']._serialized_end=1440
+  _globals['_SUBMITREQUEST']._serialized_start=1442
+  _globals['_SUBMITREQUEST']._serialized_end=1474
+  _globals['_SUBMITRESPONSE']._serialized_start=1476
+  _globals['_SUBMITRESPONSE']._serialized_end=1492
+  _globals['_GETRUNREQUEST']._serialized_start=1494
+  _globals['_GETRUNREQUEST']._serialized_end=1522
+  _globals['_GETRUNRESPONSE']._serialized_start=1524
+  _globals['_GETRUNRESPONSE']._serialized_end=1593
+  _globals['_LISTMYRUNSREQUEST']._serialized_start=1595
+  _globals['_LISTMYRUNSREQUEST']._serialized_end=1614
+  _globals['_LISTMYRUNSRESPONSE']._serialized_start=1616
+  _globals['_LISTMYRUNSRESPONSE']._serialized_end=1650
+  _globals['_GETMEMBERSREQUEST']._serialized_start=1652
+  _globals['_GETMEMBERSREQUEST']._serialized_end=1671
+  _globals['_GETMEMBERSRESPONSE']._serialized_start=1673
+  _globals['_GETMEMBERSRESPONSE']._serialized_end=1725
+  _globals['_RENEWCERTIFICATEREQUEST']._serialized_start=1727
+  _globals['_RENEWCERTIFICATEREQUEST']._serialized_end=1765
+  _globals['_RENEWCERTIFICATERESPONSE']._serialized_start=1767
+  _globals['_RENEWCERTIFICATERESPONSE']._serialized_end=1820
+  _globals['_SITESERVICE']._serialized_start=2657
+  _globals['_SITESERVICE']._serialized_end=3322
 # @@protoc_insertion_point(module_scope)

@@ -407,6 +407,7 @@ class Assignment(_message.Message):
     DELIVERED_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     run: _builtins.bytes
     """SHA-256 of the manifest"""
     round: _builtins.int
@@ -453,6 +454,10 @@ class Assignment(_message.Message):
     def consents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """signed consents, at least t (REVEALING)"""
 
+    @_builtins.property
+    def step(self) -> Global___Step:
+        """where there is one: how to make the round's weights from earlier ones"""
+
     def __init__(
         self,
         *,
@@ -474,14 +479,45 @@ class Assignment(_message.Message):
         delivered: _builtins.bool = ...,
         deadline_s: _builtins.float = ...,
         reason: _builtins.str = ...,
+        step: Global___Step | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_bytes", b"base_bytes", "base_digest", b"base_digest", "checkpoint_digest", b"checkpoint_digest", "consents", b"consents", "deadline_s", b"deadline_s", "delivered", b"delivered", "encoding", b"encoding", "invited", b"invited", "invited_sites", b"invited_sites", "kind", b"kind", "phase", b"phase", "reason", b"reason", "roster", b"roster", "round", b"round", "run", b"run", "shares", b"shares", "survivors", b"survivors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_bytes", b"base_bytes", "base_digest", b"base_digest", "checkpoint_digest", b"checkpoint_digest", "consents", b"consents", "deadline_s", b"deadline_s", "delivered", b"delivered", "encoding", b"encoding", "invited", b"invited", "invited_sites", b"invited_sites", "kind", b"kind", "phase", b"phase", "reason", b"reason", "roster", b"roster", "round", b"round", "run", b"run", "shares", b"shares", "step", b"step", "survivors", b"survivors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assignment: _TypeAlias = Assignment  # noqa: Y015
+
+@_typing.final
+class Step(_message.Message):
+    """An artifact that turns weights that a site may hold into the round's, whose digest decides; see docs/protocol.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    """SHA-256 of the artifact"""
+    bytes: _builtins.int
+    """its length"""
+    base_digest: _builtins.bytes
+    """SHA-256 of the weights that it leads from"""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.bytes = ...,
+        bytes: _builtins.int = ...,
+        base_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "bytes", b"bytes", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class GetArtifactRequest(_message.Message):

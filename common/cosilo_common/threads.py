@@ -1,7 +1,8 @@
-"""Blocking calls in threads, which cancellation waits for.
+"""Blocking calls in threads, which cancellation waits for, and what they open, which it closes.
 
-A thread cannot be stopped half-way through a write, and a file closed under it is another file's descriptor a moment
-later. So a cancelled caller goes on only when the call has ended. Must not know what the call does.
+A thread cannot be stopped half-way through a write, and a file closed under it is another file's descriptor a moment later; what a call has
+opened for a caller who is gone would stay open for good. So a cancelled caller goes on only when the call has ended. Must not know what the
+call does.
 """
 
 from __future__ import annotations
