@@ -30,7 +30,7 @@ def raw_tls_s(size: int, downs: int, ups: int, streams: int = 1, keep: Path | No
 
     The bytes alone: nothing is read from a disk, hashed or kept. streams: how many go at once. The child is a process of its own, as a
     site is, so each side has a core. keep: a folder; what is received is then hashed (SHA-256) and written there by a thread beside the one
-    that receives, and synced at its end: what any transport could reach at most that leaves a file with a digest behind.
+    that receives, and synced at its end: what is left of the bytes alone where a file with a digest is to stay.
     """
     with tempfile.TemporaryDirectory(prefix="cosilo-bench-") as folder:
         authority = trustme.CA()

@@ -189,7 +189,7 @@ def test_a_round_of_another_run_counts_while_this_one_masks(sites: dict[str, Sit
     site = sites[A]
     ledger = site.journal.ledger
     count = ledger.model_uploads
-    ledger.model_uploads = lambda base: count(base) if not site.journal.files(RUN).spool(1).exists() else two_rounds()  # type: ignore[method-assign]
+    ledger.model_uploads = lambda base: count(base) if not site.journal.files(RUN).spool(1).exists() else two_rounds()  # type: ignore[method-assign]  # another run's rounds, counted while this one masks
 
     def two_rounds() -> tuple[ModelUpload, ...]:
         assert site.start is not None

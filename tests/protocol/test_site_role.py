@@ -176,7 +176,7 @@ def test_mask_keys_outlive_an_unsafe_spool_and_no_safe_one(sites: dict[str, Site
     """R4: killed after the statement's commit; the mask keys go at the restart, the shares stay."""
     delivered(sites)
     site = sites[A]
-    site.journal.vault.destroy_masks = lambda _run: (_ for _ in ()).throw(Killed())  # type: ignore[method-assign]
+    site.journal.vault.destroy_masks = lambda _run: (_ for _ in ()).throw(Killed())  # type: ignore[method-assign]  # a kill at just this call
     with pytest.raises(Killed):
         site.role.mask_chunks()
     signed = site.spool_bytes()
