@@ -173,7 +173,7 @@ def schema_version(engine: Engine) -> int | None:
     """The version of a database's schema; None where it has none yet."""
     with reading(engine) as connection:
         known = connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'schema_version'").first()
-        return None if known is None else connection.execute(select(_schema_version.c.version)).scalar_one_or_none()
+        return None if known is None else connection.exec_driver_sql("SELECT version FROM schema_version").scalar_one_or_none()
 
 
 def prepare_schema(
@@ -191,6 +191,8 @@ def prepare_schema(
     Cosilo (its rows may mean what this one cannot know), or by an older one with no such way.
     """
     older = schema_version(engine)
+    if older == version:
+        return
     if older is not None and older < version and older in (upgrades or {}):
         before_upgrade(older)
     with engine.begin() as connection:

@@ -60,7 +60,7 @@ class Statement:
 
 
 class Transaction:
-    """A write transaction that is open."""
+    """A transaction that is open."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -90,6 +90,17 @@ def ask_one(engine: Engine, statement: Statement, /, **values: Any) -> Any:
     """The first row of one SELECT, or None."""
     found = ask(engine, statement, **values)
     return found[0] if found else None
+
+
+@contextmanager
+def asking(engine: Engine) -> Iterator[Transaction]:
+    """Several questions of one snapshot, for which no writer waits; as `cosilo_common.database.reading`. Raises sqlalchemy.exc.DBAPIError."""
+    with _connected(engine, None) as connection:
+        connection.execute("BEGIN DEFERRED")
+        try:
+            yield Transaction(connection)
+        finally:
+            connection.rollback()
 
 
 @contextmanager

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Engine, RowMapping, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from cosilo_common.database import reading
+from cosilo_common.statements import Statement, writing
 from cosilo_server import schema
+
+_SEEN: Final = ("site", "at", "address", "software", "certificate_expires_at")
+_SAW: Final = insert(schema.sites_seen)
+_SAW_SITE: Final = Statement(_SAW.on_conflict_do_update(index_elements=["site"], set_={name: _SAW.excluded[name] for name in _SEEN}), _SEEN)
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,8 @@ class PartyStore:
     # --- sites ---
 
     def saw_site(self, seen: SiteSeen) -> None:
-        row = {k: getattr(seen, k) for k in ("site", "at", "address", "software", "certificate_expires_at")}
-        with self._engine.begin() as db:
-            db.execute(insert(schema.sites_seen).values(row).on_conflict_do_update(index_elements=["site"], set_=row))
+        with writing(self._engine) as db:
+            db.run(_SAW_SITE, **{name: getattr(seen, name) for name in _SEEN})
 
     def sites_were_there(self, sites: Collection[str], at: float) -> None:
         """Notes when sites were last connected, of those that were ever seen."""

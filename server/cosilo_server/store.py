@@ -18,7 +18,7 @@ from sqlalchemy.dialects.sqlite import insert
 from cosilo_common.database import forget_deleted, open_database, prepare_schema, reading
 from cosilo_common.manifest import Manifest, parse_manifest
 from cosilo_common.secagg.messages import RoundKind
-from cosilo_common.statements import Statement, Transaction, ask, ask_one, writing
+from cosilo_common.statements import Statement, Transaction, ask, ask_one, asking, writing
 from cosilo_server import schema
 from cosilo_server.party_store import PartyStore, SiteSeen
 from cosilo_server.rounds.record import dump, load
@@ -117,6 +117,8 @@ _CHECKPOINTS = select(
     )
 )
 
+NO_LIMIT: Final = -1  # as SQLite says it
+
 # What every step of a round asks and writes, made once: building such a statement takes longer than running it.
 _RUN: Final = Statement(_RUNS.where(schema.runs.c.run == bindparam("of_run")))
 _OPEN_ORDER: Final = Statement(
@@ -132,6 +134,24 @@ _SAVE_ROUND: Final = Statement(
     update(schema.rounds)
     .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
     .values(state=bindparam("to_state"), phase=bindparam("to_phase"))
+)
+_ROUNDS: Final = select(schema.rounds).where(schema.rounds.c.run == bindparam("of_run"))
+_NEWEST_ROUNDS: Final = Statement(_ROUNDS.order_by(schema.rounds.c.number.desc()).limit(bindparam("limit")))
+_ONE_ROUND: Final = Statement(_ROUNDS.where(schema.rounds.c.number == bindparam("of_number")))
+_MESSAGES_OF: Final = Statement(
+    select(schema.messages.c.digest, schema.messages.c.message).where(
+        schema.messages.c.run == bindparam("of_run"), schema.messages.c.number == bindparam("of_number")
+    )
+)
+_ABANDONED_SINCE_CLOSE: Final = Statement(
+    select(func.count().label("rounds")).where(
+        schema.rounds.c.run == bindparam("of_run"),
+        schema.rounds.c.phase == "abandoned",
+        schema.rounds.c.number
+        > select(func.coalesce(func.max(schema.rounds.c.number), 0))
+        .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.phase == "closed")
+        .scalar_subquery(),
+    )
 )
 _ADD_MESSAGE: Final = Statement(insert(schema.messages).on_conflict_do_nothing(), ("run", "number", "digest", "message"))
 _DROP_MESSAGES: Final = Statement(
@@ -354,16 +374,15 @@ class Store(PartyStore):
 
     def newest_round(self, run: bytes) -> StoredRound | None:
         """The run's round with the highest number."""
-        rounds = self._rounds(run, limit=1)
-        return rounds[0] if rounds else None
+        return next(iter(self._rounds(run, _NEWEST_ROUNDS, limit=1)), None)
 
     def rounds(self, run: bytes, newest: int | None = None) -> list[StoredRound]:
         """A run's rounds, oldest first. newest: no more than so many, the last ones."""
-        return self._rounds(run, limit=newest)[::-1]
+        return self._rounds(run, _NEWEST_ROUNDS, limit=NO_LIMIT if newest is None else newest)[::-1]
 
     def round(self, run: bytes, number: int) -> StoredRound | None:
         """One round of a run."""
-        return next(iter(self._rounds(run, limit=1, only=number)), None)
+        return next(iter(self._rounds(run, _ONE_ROUND, of_number=number)), None)
 
     def last_training_outcome(self, run: bytes) -> str:
         """The outcome of the run's last closed training round, JSON; empty where there is none."""
@@ -372,11 +391,7 @@ class Store(PartyStore):
 
     def abandoned_since_close(self, run: bytes) -> int:
         """How many rounds were abandoned since the last that closed."""
-        r = schema.rounds
-        last = select(func.coalesce(func.max(r.c.number), 0)).where(r.c.run == run, r.c.phase == "closed").scalar_subquery()
-        query = select(func.count()).where(r.c.run == run, r.c.phase == "abandoned", r.c.number > last)
-        with reading(self._engine) as db:
-            return int(db.execute(query).scalar_one())
+        return int(ask_one(self._engine, _ABANDONED_SINCE_CLOSE, of_run=run).rounds)
 
     def last_phase(self, run: bytes, number: int) -> str:
         """The phase in which a round stood last before it ended; empty where it is not known."""
@@ -391,17 +406,15 @@ class Store(PartyStore):
         with reading(self._engine) as db:
             return db.execute(select(e).where(*_at(e, run, number)).order_by(e.c.id)).mappings().all()
 
-    def _rounds(self, run: bytes, limit: int | None, only: int | None = None) -> list[StoredRound]:
+    def _rounds(self, run: bytes, statement: Statement, **which: int) -> list[StoredRound]:
         stored = self.run(run)
         if stored is None:
             return []
-        r, m = schema.rounds, schema.messages
-        with reading(self._engine) as db:
-            which = r.c.run == run if only is None else (r.c.run == run) & (r.c.number == only)
-            rows = db.execute(select(r).where(which).order_by(r.c.number.desc()).limit(limit)).mappings().all()
+        with asking(self._engine) as db:
+            rows = [row._asdict() for row in db.ask(statement, of_run=run, **which)]
             live = [row["number"] for row in rows if row["phase"] not in ENDED]
-            found = db.execute(select(m.c.digest, m.c.message).where(m.c.run == run, m.c.number.in_(live))).all()
-        blobs = {bytes(digest): bytes(message) for digest, message in found}
+            found = [each for number in live for each in db.ask(_MESSAGES_OF, of_run=run, of_number=number)]
+        blobs = {each.digest: each.message for each in found}
         terms = terms_of(stored.manifest)
         return [_stored_round(row, terms, blobs if row["phase"] not in ENDED else _Forgotten()) for row in rows]
 
@@ -461,7 +474,7 @@ class _Forgotten(dict[bytes, bytes]):
         return b""
 
 
-def _stored_round(row: RowMapping, terms: Terms, blobs: dict[bytes, bytes]) -> StoredRound:
+def _stored_round(row: Mapping[str, Any], terms: Terms, blobs: dict[bytes, bytes]) -> StoredRound:
     state = load(
         row["state"],
         blobs,

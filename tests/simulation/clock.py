@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import heapq
 import random
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +32,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._random = randomness
         self._now = 0.0
-        self._selector = self
         self._clock_resolution = 1e-7
         self._since_moved = 0
         self.events = 0
@@ -42,19 +42,36 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         """Simulated seconds."""
         return self._now
 
-    def select(self, timeout: float | None) -> list[object]:
-        """Where a real loop waits for sockets: moves the clock instead."""
-        ready = len(self._ready)  # type: ignore[attr-defined]  # BaseEventLoop's own queue
-        self.events += ready
-        if timeout is None:
-            raise Stalled("nothing is scheduled: every task waits for another")
-        if timeout > 0:
-            self._now += timeout
-            self._since_moved = 0
-        self._since_moved += ready
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:  # type: ignore[override]  # typeshed's TypeVars
+        """As the base's, without its looks at threads and debugging: most of what a simulation does passes here."""
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]  # BaseEventLoop's own queue
+        return handle
+
+    def _run_once(self) -> None:
+        """One turn, as the base's; where that waits for sockets, this moves the clock."""
+        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]  # BaseEventLoop's own queues
+        while scheduled and scheduled[0]._cancelled:
+            heapq.heappop(scheduled)._scheduled = False
+        self.events += len(ready)
+        self._since_moved += len(ready)
+        if not ready:
+            if not scheduled:
+                raise Stalled("nothing is scheduled: every task waits for another")
+            if scheduled[0]._when > self._now:
+                self._now += scheduled[0]._when - self._now
+                self._since_moved = 0
         if self._since_moved > STALL_CALLBACKS_MAX:
             raise Stalled(f"{self._since_moved} callbacks ran at {self._now:.3f} s and the clock did not move")
-        return []
+        due = self._now + self._clock_resolution
+        while scheduled and scheduled[0]._when < due:
+            handle = heapq.heappop(scheduled)
+            handle._scheduled = False
+            ready.append(handle)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
 
     def create_task(self, coro: Any, *, name: str | None = None, context: contextvars.Context | None = None) -> asyncio.Task[Any]:  # type: ignore[override]  # typeshed's overloads
         """A task belongs to the process in whose context it is made, and dies with it."""
@@ -93,9 +110,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         else:
             self.call_later(self._random.random() * (THREAD_SLOW_S if draw > 1 - THREAD_SLOW else THREAD_S), run)
         return future
-
-    def _process_events(self, event_list: list[object]) -> None:
-        pass
 
     def _write_to_self(self) -> None:
         pass

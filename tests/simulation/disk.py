@@ -30,6 +30,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from tests.simulation.process import CURRENT, Process
 
 DATABASE = ".db"
+PID = 10_000  # written into lock files: a torn one must not depend on how long this process's number is
 _WRITING = os.O_WRONLY | os.O_RDWR
 _OWNERS: dict[int, Process] = {}  # open descriptors of simulated processes
 
@@ -156,6 +157,7 @@ def simulated_disks() -> Iterator[None]:
         "write": _write,
         "pwrite": _pwrite,
         "ftruncate": _ftruncate,
+        "getpid": lambda: PID,
     }
     with mock.patch.multiple(os, **simulated), mock.patch.object(io, "open", _io_open):
         with mock.patch.object(shutil, "rmtree", _rmtree), mock.patch.object(DefaultDialect, "do_commit", _commit):

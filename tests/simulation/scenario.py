@@ -114,12 +114,6 @@ def scenario_of(seed: int, sites: int = 0) -> Scenario:
     )
 
 
-def calm(seed: int, sites: int = 4) -> Scenario:
-    """The same federation in fair weather: the simulator's own yardstick."""
-    stormy = scenario_of(seed, sites)
-    return Scenario(seed, stormy.manifests, Weather(), Temper(), Mischief(weights={}), 1, 5, 1 << 20)
-
-
 def kinds(random: Random) -> RoundKind:
     """The kind of an order."""
     return random.choices((RoundKind.TRAIN, RoundKind.REHEARSAL, RoundKind.STATISTICS), weights=(8, 1, 1))[0]

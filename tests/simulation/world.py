@@ -28,6 +28,8 @@ from sqlalchemy.exc import OperationalError
 
 import cosilo_common.transfer
 from cosilo_common.secagg.messages import RoundKind, Signed
+from cosilo_server import closing
+from cosilo_server.services import turns
 from tests.simulation import signatures
 from tests.simulation import site as site_module
 from tests.simulation import sums as sums_module
@@ -286,23 +288,26 @@ def simulate(scenario: Scenario, tell: Callable[[str], None] | None = None) -> R
     gc.disable()  # what it finalises, and when, must not depend on anything but the seed
     gc.freeze()  # a collection looks at this simulation's objects, not at every module's
     try:
-        world = World(scenario, root, tell)
-        with _in_place(world):
-            asyncio.set_event_loop(world.loop)
-            try:
-                world.loop.run_until_complete(world.run())
-            except Stalled as stalled:
-                world.watch.fail("progress", str(stalled))
-            finally:
-                asyncio.set_event_loop(None)
-        _report(report, world)
+        _live(World(scenario, root, tell), report)
     finally:
         discard_folder(root)
+        gc.collect()  # of what this simulation made: the rest stays frozen
         gc.unfreeze()
         if collecting:
             gc.enable()
-        gc.collect()
     return report
+
+
+def _live(world: World, report: Report) -> None:
+    with _in_place(world):
+        asyncio.set_event_loop(world.loop)
+        try:
+            world.loop.run_until_complete(world.run())
+        except Stalled as stalled:
+            world.watch.fail("progress", str(stalled))
+        finally:
+            asyncio.set_event_loop(None)
+    _report(report, world)
 
 
 def _report(report: Report, world: World) -> None:
@@ -328,7 +333,16 @@ def _in_place(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(simulated_disks())
         stack.enter_context(mock.patch.object(cosilo_common.transfer, "CHUNK_BYTES", world.scenario.chunk_bytes))
-        in_place = [*site_module.patches(world.network), *sums_module.patches(world.sums), *world.peers.patches(), *signatures.patches()]
+        kept: list[tuple[Any, str, Any]] = [
+            (each, "give_back", lambda: None) for each in (closing, turns)
+        ]  # this process's memory is not a daemon's
+        in_place = [
+            *kept,
+            *site_module.patches(world.network),
+            *sums_module.patches(world.sums),
+            *world.peers.patches(),
+            *signatures.patches(),
+        ]
         for module, name, value in in_place:
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(_listening(world))
