@@ -22,11 +22,12 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.simulation.mutants import Verdict, try_all
 from tests.simulation.scenario import Scenario, scenario_of
-from tests.simulation.world import Report, simulate
+from tests.simulation.world import Report, memory, simulate
 
 ROOT = Path(__file__).parents[2]
 HASH_SEED = "0"  # sets of names are walked in one order, in every process
@@ -119,7 +120,8 @@ def _many(asked: argparse.Namespace) -> int:
     first = asked.first or int(time.time()) * 1000
     began = time.monotonic()
     print(f"simulating from seed {first}, commit {commit()}, {asked.jobs} processes", flush=True)
-    workers = [_start(asked, first, number) for number in range(asked.jobs)]
+    disks = TemporaryDirectory(prefix="cosilo-simulations-", dir=memory())
+    workers = [_start(asked, first, number, disks.name) for number in range(asked.jobs)]
     reports: list[dict[str, Any]] = []
     failed: dict[str, Any] | None = None
     try:
@@ -136,6 +138,7 @@ def _many(asked: argparse.Namespace) -> int:
         for worker in workers:
             worker.kill()
             worker.wait()
+        disks.cleanup()  # a killed worker leaves its simulation's
     elapsed_s = time.monotonic() - began
     _tell(_sums(reports), len(reports), elapsed_s)
     if failed is not None:
@@ -147,10 +150,11 @@ def _many(asked: argparse.Namespace) -> int:
     return 0
 
 
-def _start(asked: argparse.Namespace, first: int, number: int) -> subprocess.Popen[bytes]:
+def _start(asked: argparse.Namespace, first: int, number: int, disks: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.simulation", "--worker", str(number), "--first", str(first), "--jobs", str(asked.jobs)]
     command += ["--lies"] * asked.lies
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    there = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": disks}
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=there)
 
 
 def _next(workers: list[subprocess.Popen[bytes]]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 import traceback
@@ -282,7 +283,7 @@ class World(Faults, PeaceChecks):
 
 def simulate(scenario: Scenario, tell: Callable[[str], None] | None = None) -> Report:
     """Runs one scenario; `report.violation` says what broke, if anything did."""
-    root = Path(tempfile.mkdtemp(prefix="cosilo-simulation-", dir=_memory()))
+    root = Path(tempfile.mkdtemp(prefix="cosilo-simulation-", dir=memory()))
     report = Report(scenario.seed, scenario.describe())
     collecting = gc.isenabled()
     gc.disable()  # what it finalises, and when, must not depend on anything but the seed
@@ -377,5 +378,8 @@ def _in_words(event: dict[str, Any]) -> str:
     return f"{event['event']} {rest}"
 
 
-def _memory() -> str | None:
+def memory() -> str | None:
+    """Where a simulation's disks lie: TMPDIR where there is one, else in memory where there is room."""
+    if "TMPDIR" in os.environ:
+        return None
     return "/dev/shm" if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 1 << 30 else None
