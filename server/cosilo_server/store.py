@@ -263,6 +263,11 @@ class Store(PartyStore):
         row = ask_one(self._engine, _RUN, of_run=run)
         return None if row is None else self._run(row._asdict())
 
+    def sign_run(self, run: bytes, signature: bytes, signer: str) -> None:
+        """Puts an admin's signature of a run's manifest in the place of the one that stood there."""
+        with self._engine.begin() as db:
+            db.execute(update(schema.runs).where(schema.runs.c.run == run).values(signature=signature, signer=signer))
+
     def set_stopped(self, run: bytes, stopped: bool) -> None:
         """Stops a run, cancelling what is still ordered, or lets it go on. A stopped run is paused no longer."""
         with self._engine.begin() as db:

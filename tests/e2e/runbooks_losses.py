@@ -40,6 +40,10 @@ def admins(stage: Stage) -> None:
         )
         expect("approved admin admin-2" in said, said)
         expect("chest-1" in person.runs("cosilo run list"), "the run of the old key is not there")
+        expect("is not signed by an admin" in person.runs("cosilo run show chest-1", code=1), "a run that nobody vouches for is shown")
+        said = person.says(SECURITY, LOST_KEY, "cosilo run sign RUN", {"RUN": "chest-1"}, answer="y\n")
+        expect("signed chest-1" in said, said)
+        expect("signed by       admin-2" in person.runs("cosilo run show chest-1"), "the new signature is not what counts")
         stage.admin = person
         seat = stage.federation.folder / "admin"
         seat.unlink()

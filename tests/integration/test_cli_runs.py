@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 
+from cosilo_common.identity.keys import make_signing_key, public_bytes
+from cosilo_common.identity.members import sign_members
+from cosilo_common.identity.names import Role
 from cosilo_common.manifest import verify_manifest
 from cosilo_common.rpc.v1 import admin_pb2, site_pb2
 from cosilo_common.weights import TensorTable
@@ -147,6 +151,55 @@ def test_run_show_refuses_a_manifest_that_no_admin_signed(
     script.manifests[run] = site_pb2.GetRunResponse(manifest=answer.manifest + b" ", signature=answer.signature)
     assert cosilo("run", "show", "digits-2") == 1
     assert "the coordinator answered with another run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there to answer a question."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+
+
+@pytest.mark.usefixtures("nobody", "small_table")
+def test_run_sign_vouches_for_a_run_whose_signer_is_no_admin_any_more(
+    cosilo: Run, own: Founded, script: Script, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, answer = created_run(cosilo, own, script, run_file, capsys)
+    assert cosilo("run", "sign", "digits-2", "--yes") == 1
+    assert f"{run.hex()[:12]} is signed by ada, an admin\nhint: nothing is left to do\n" in capsys.readouterr().err
+    script.manifests[run] = site_pb2.GetRunResponse(manifest=answer.manifest, signature=bytes(64), signer="bob")
+    asked = len(script.heard)
+    assert cosilo("run", "sign", "digits-2") == 1
+    assert f"{run.hex()[:12]} is not signed: nobody answered the question" in capsys.readouterr().err
+    assert not any(isinstance(each, admin_pb2.CreateRunRequest) for each in script.heard[asked:])
+    assert cosilo("run", "sign", "digits-2", "--yes") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"digest          {run.hex()}" in lines
+    assert "signed by       bob, says the coordinator; no admin any more" in lines
+    assert lines[-1] == f"signed digits-2 {run.hex()[:12]}"
+    request = script.heard[-1]
+    assert request.manifest == answer.manifest
+    assert verify_manifest(request.manifest, request.signature, own.members.admins(), FEDERATION)[1] == "ada"
+
+
+@pytest.mark.usefixtures("nobody", "small_table")
+def test_run_sign_refuses_participants_that_are_no_members_by_that_key(
+    cosilo: Run, own: Founded, script: Script, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A coordinator that makes up a run, with sites of its own in it, gets no signature for it."""
+    run, answer = created_run(cosilo, own, script, run_file, capsys)
+    script.manifests[run] = site_pb2.GetRunResponse(manifest=answer.manifest, signature=bytes(64), signer="bob")
+    draft = script.members.draft()
+    script.members = sign_members(script.members, draft.remove(SITES[0]), own.admin.peer.name, own.admin_key)
+    asked = len(script.heard)
+    assert cosilo("run", "sign", "digits-2") == 1  # revoked is not unknown: it is said, and asked
+    captured = capsys.readouterr()
+    assert f"revoked since   {SITES[0]}" in captured.out.splitlines()
+    assert f"{SITES[0]}: revoked, so nobody can tell whether the keys in this manifest were theirs" in captured.err
+    readmitted = script.members.draft().approve(SITES[0], Role.SITE, public_bytes(make_signing_key()), readmit=True)
+    script.members = sign_members(script.members, readmitted, own.admin.peer.name, own.admin_key)
+    assert cosilo("run", "sign", "digits-2", "--yes") == 1
+    assert f"participant {SITES[0]} is no member by the key in the manifest" in capsys.readouterr().err
+    assert not any(isinstance(each, admin_pb2.CreateRunRequest) for each in script.heard[asked:])
 
 
 def created_run(

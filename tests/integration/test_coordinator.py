@@ -283,6 +283,24 @@ async def test_a_run_is_refused_unless_an_admin_signed_it_for_members(world: Wor
     )
 
 
+async def test_a_run_whose_signer_is_no_admin_any_more_is_signed_again(world: World) -> None:
+    manifest, former = world.manifest("inherited"), make_signing_key()
+    run = await world.create(manifest)
+    theirs, ours = sign_manifest(manifest, former), sign_manifest(manifest, world.founded.admin_key)
+
+    async def signed_again(signature: bytes) -> tuple[str, bytes]:
+        await world.admin.CreateRun(admin_pb2.CreateRunRequest(manifest=manifest.canonical(), signature=signature), timeout=TIMEOUT_S)
+        answer = await world.admin.GetManifest(site_pb2.GetRunRequest(run=run), timeout=TIMEOUT_S)
+        return answer.signer, answer.signature
+
+    assert await signed_again(ours) == ("ada", ours)
+    world.coordinator._store.sign_run(run, theirs, "bob")  # as an admin left it who was revoked since
+    assert "is not signed by an admin" in await details_of(signed_again(theirs))
+    assert await signed_again(ours) == ("ada", ours)
+    checkpoints = await world.admin.ListCheckpoints(admin_pb2.ListCheckpointsRequest(run=run), timeout=TIMEOUT_S)
+    assert len(checkpoints.checkpoints) == 1
+
+
 @pytest.mark.usefixtures("worker_process")  # what it answers to both, and its refusals
 async def test_a_run_begins_from_the_weights_that_its_manifest_names(world: World) -> None:
     first = await world.create(world.manifest("cold", training=Training(loss_buckets=2, seed=5)))

@@ -34,6 +34,7 @@ COMMANDS = [
     "run create",
     "run list",
     "run show",
+    "run sign",
     "run pause",
     "run resume",
     "run stop",

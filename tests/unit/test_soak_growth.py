@@ -15,13 +15,13 @@ def test_the_slope_is_that_of_all_lives_together() -> None:
 
 
 def test_growth_is_found_by_its_slope_in_the_second_half() -> None:
-    assert BOUNDS["pss_bytes"] == Bound(2 * MIB, 6 * MIB)
+    assert BOUNDS["anonymous_bytes"] == Bound(2 * MIB, 6 * MIB)
     rounds = range(0, 301, 10)
-    leak = [Sample("site", "pss_bytes", "1", n, 70 * MIB + n * MIB / 20) for n in rounds]  # 5 MiB per 100 rounds
-    warm = [Sample("coordinator", "pss_bytes", "1", n, MIB * min(80.0, 60 + n / 5)) for n in rounds]  # grows, then stands
+    leak = [Sample("site", "anonymous_bytes", "1", n, 70 * MIB + n * MIB / 20) for n in rounds]  # 5 MiB per 100 rounds
+    warm = [Sample("coordinator", "anonymous_bytes", "1", n, MIB * min(80.0, 60 + n / 5)) for n in rounds]  # grows, then stands
     files = [Sample("coordinator", "files", "1", n, 29 + n % 3) for n in rounds]
     found = {(growth.who, growth.what): growth for growth in growths([*leak, *warm, *files], 300)}
-    assert not found["site", "pss_bytes"].ok
-    assert found["site", "pss_bytes"].per_100_rounds == pytest.approx(5 * MIB)
-    assert found["coordinator", "pss_bytes"].ok
+    assert not found["site", "anonymous_bytes"].ok
+    assert found["site", "anonymous_bytes"].per_100_rounds == pytest.approx(5 * MIB)
+    assert found["coordinator", "anonymous_bytes"].ok
     assert found["coordinator", "files"].ok

@@ -11,6 +11,7 @@ from cosilo_server.cli.terminal import short
 
 if TYPE_CHECKING:
     from cosilo_common.manifest import Manifest
+    from cosilo_common.rpc.v1.site_pb2 import GetRunResponse
     from cosilo_server.cli.connection import Coordinator
 
 
@@ -35,8 +36,17 @@ def fetch_signed_manifest(coordinator: Coordinator, run: bytes) -> SignedManifes
 
     Raises CosiloError where the bytes are of another run, or are not signed by an admin of the newest members list.
     """
-    from cosilo_common.canonical import sha256
     from cosilo_common.manifest import verify_manifest
+
+    answer = fetch_unsigned(coordinator, run)
+    members = fetch_members(coordinator)
+    manifest, signer = verify_manifest(answer.manifest, answer.signature, members.admins(), coordinator.identity.peer.federation)
+    return SignedManifest(manifest, signer, answer.signature, members.version)
+
+
+def fetch_unsigned(coordinator: Coordinator, run: bytes) -> GetRunResponse:
+    """What the coordinator has of a run: its manifest, by the digest, and a signature that nobody has looked at. Raises CosiloError."""
+    from cosilo_common.canonical import sha256
     from cosilo_common.rpc.v1 import site_pb2
 
     answer = coordinator.ask("fetch manifest", coordinator.admin.GetManifest, site_pb2.GetRunRequest(run=run))
@@ -46,6 +56,4 @@ def fetch_signed_manifest(coordinator: Coordinator, run: bytes) -> SignedManifes
             f"the coordinator answered with another run than {short(run)}",
             "do not trust this coordinator",
         )
-    members = fetch_members(coordinator)
-    manifest, signer = verify_manifest(answer.manifest, answer.signature, members.admins(), coordinator.identity.peer.federation)
-    return SignedManifest(manifest, signer, answer.signature, members.version)
+    return answer

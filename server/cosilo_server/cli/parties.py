@@ -17,7 +17,7 @@ from cosilo_common.errors import CosiloError
 from cosilo_server.cli.admin_enrolment import enrol_admin
 from cosilo_server.cli.commands import AsJson, Seat, command, group
 from cosilo_server.cli.shapes import EnrolmentShape, enrolment_shape
-from cosilo_server.cli.terminal import agree, columns, note, say, say_json, time_words, warn
+from cosilo_server.cli.terminal import columns, must_agree, note, say, say_json, time_words, warn
 
 if TYPE_CHECKING:
     from cosilo_common.identity.folder import Identity
@@ -229,7 +229,7 @@ def _approve(seat: Seat, role: str, name: str, yes: bool, readmit: bool) -> None
         key = bytes.fromhex(enrolment["key"] or "")
         say(f"{role} {name} enrolled with the key")
         say(f"    {enrolment['fingerprint']}")
-        _ask(yes, f"Does {name} read the same fingerprint to you, over a telephone?", f"{name} is not approved")
+        must_agree(yes, f"Does {name} read the same fingerprint to you, over a telephone?", f"{name} is not approved")
         signed = change_members(coordinator, lambda draft: draft.approve(name, Role(role), key, readmit))
     say(f"approved {role} {name}: members list version {signed.version}")
 
@@ -243,7 +243,7 @@ def _revoke(seat: Seat, role: str, name: str, yes: bool) -> None:
         member = fetch_members(coordinator).member(name)
         if member is None or member.role is not Role(role):
             raise CosiloError(f"revoke {role}", f"{name} is not a member as {_a(role)}", "run cosilo members for the list")
-        _ask(yes, f"Remove {role} {name} from the federation?", f"{name} stays")
+        must_agree(yes, f"Remove {role} {name} from the federation?", f"{name} stays")
         signed = change_members(coordinator, lambda draft: draft.remove(name))
     say(f"revoked {role} {name}: members list version {signed.version}")
     if role == SITE:
@@ -312,16 +312,6 @@ def _state_words(state: str) -> str:
         "invited": "invited and has not enrolled yet",
         "expired": "not enrolled, and its invitation expired",
     }.get(state, state)
-
-
-def _ask(yes: bool, question: str, refusal: str) -> None:
-    if yes:
-        return
-    agreed = agree(question)
-    if agreed is None:
-        raise CosiloError("", f"{refusal}: nobody answered the question", "answer it on a terminal, or add --yes")
-    if not agreed:
-        raise CosiloError("", refusal)
 
 
 def _party_name(name: str) -> str:

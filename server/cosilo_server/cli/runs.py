@@ -1,4 +1,4 @@
-"""`cosilo run`: make a run out of a file, list runs, show one, pause, resume or stop one, watch one."""
+"""`cosilo run`: make a run out of a file, list runs, show one, pause, resume or stop one, watch one; run_signing.py has `sign`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from cosilo_common.errors import CosiloError
 from cosilo_server.cli.commands import AsJson, RunName, Seat, command, group
+from cosilo_server.cli.run_signing import sign
 from cosilo_server.cli.shapes import RunShape, run_shape
 from cosilo_server.cli.terminal import columns, fields, note, say, say_json, short, warn
 
@@ -25,6 +26,7 @@ def add_to(parent: typer.Typer) -> None:
     command(runs, "create", create)
     command(runs, "list", list_runs)
     command(runs, "show", show)
+    command(runs, "sign", sign)
     command(runs, "pause", pause)
     command(runs, "resume", resume)
     command(runs, "stop", stop)

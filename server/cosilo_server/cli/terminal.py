@@ -77,6 +77,17 @@ def agree(question: str) -> bool | None:
     return answer.strip().lower() in ("y", "yes") if answer else None
 
 
+def must_agree(yes: bool, question: str, refusal: str) -> None:
+    """Asks, unless yes was given beforehand. Raises CosiloError with the refusal where the answer is not yes."""
+    if yes:
+        return
+    agreed = agree(question)
+    if agreed is None:
+        raise CosiloError("", f"{refusal}: nobody answered the question", "answer it on a terminal, or add --yes")
+    if not agreed:
+        raise CosiloError("", refusal)
+
+
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows under a header, each column as wide as its widest cell; an empty cell shows as a dash."""
     table = [tuple(header), *(tuple(one_line(cell) or NOTHING for cell in row) for row in rows)]

@@ -100,8 +100,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
 
     async def CreateRun(self, request: admin_pb2.CreateRunRequest, context: Context) -> admin_pb2.CreateRunResponse:
         peer = await self._gate.admin(context)
+        digest = sha256(request.manifest)
+        what = "create run" if self._conductor.manifest(digest) is None else "sign run"
         try:
-            async with self._audited(peer, "create run", run=sha256(request.manifest).hex()):
+            async with self._audited(peer, what, run=digest.hex()):
                 run = await self._registry.create(request.manifest, request.signature, peer.name.name)
         except CosiloError as error:
             await self._gate.refuse(context, error)

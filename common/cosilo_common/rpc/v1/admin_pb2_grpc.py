@@ -169,7 +169,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateRun(self, request, context):
-        """Stores a signed manifest as a run, and has its initial weights made.
+        """Stores a signed manifest as a run, and has its initial weights made. Of a run that stands already the signature is kept, where the
+        admin who signed it before is one no more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

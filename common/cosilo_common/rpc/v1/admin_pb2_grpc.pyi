@@ -43,7 +43,9 @@ class AdminServiceStub:
     PutMembers: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PutMembersRequest, _admin_pb2.PutMembersResponse]
     """Stores the next version of the members list."""
     CreateRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateRunRequest, _admin_pb2.CreateRunResponse]
-    """Stores a signed manifest as a run, and has its initial weights made."""
+    """Stores a signed manifest as a run, and has its initial weights made. Of a run that stands already the signature is kept, where the
+    admin who signed it before is one no more.
+    """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRunsRequest, _admin_pb2.ListRunsResponse]
     """Runs and where they stand."""
     StartRounds: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StartRoundsRequest, _admin_pb2.StartRoundsResponse]
@@ -91,7 +93,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     PutMembers: _aio.UnaryUnaryMultiCallable[_admin_pb2.PutMembersRequest, _admin_pb2.PutMembersResponse]  # type: ignore[assignment]
     """Stores the next version of the members list."""
     CreateRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateRunRequest, _admin_pb2.CreateRunResponse]  # type: ignore[assignment]
-    """Stores a signed manifest as a run, and has its initial weights made."""
+    """Stores a signed manifest as a run, and has its initial weights made. Of a run that stands already the signature is kept, where the
+    admin who signed it before is one no more.
+    """
     ListRuns: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRunsRequest, _admin_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Runs and where they stand."""
     StartRounds: _aio.UnaryUnaryMultiCallable[_admin_pb2.StartRoundsRequest, _admin_pb2.StartRoundsResponse]  # type: ignore[assignment]
@@ -160,7 +164,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.CreateRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.CreateRunResponse, _abc.Awaitable[_admin_pb2.CreateRunResponse]]:
-        """Stores a signed manifest as a run, and has its initial weights made."""
+        """Stores a signed manifest as a run, and has its initial weights made. Of a run that stands already the signature is kept, where the
+        admin who signed it before is one no more.
+        """
 
     @_abc_1.abstractmethod
     def ListRuns(
