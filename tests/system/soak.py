@@ -1,7 +1,7 @@
 """`python -m tests.system.soak`: a federation lives through hundreds of rounds, and nothing in it may grow.
 
 A real coordinator and four real sites work off rehearsals with a training round now and then, while two of the sites go and come by seed:
-SIGTERM or SIGKILL, away for a moment, started again. Every few rounds each process is measured (PSS, open files, threads) and each data folder.
+SIGTERM or SIGKILL, away for a moment, started again. Every few rounds each process is measured (anonymous memory, open files, threads) and each data folder.
 A process's slope is taken by least squares over the second half, over all of its lives together and each about its own mean, so that a fresh
 start is no growth. The exit code is 1 where a slope exceeds its bound. Knows processes and folders; nothing of what is trained.
 """
@@ -55,7 +55,8 @@ class Bound:
     noise: float
 
 
-# Of a process: an allocator's rest, a late import; not what it maps of files, whose share grows when another that maps them ends. Of a folder: the site's ledger keeps every round, the coordinator's database a row of it.
+# Of a process: an allocator's rest, a late import; not what it maps of files, whose share grows when another that maps them ends.
+# Of a folder: the site's ledger keeps every round, the coordinator's database a row of it.
 BOUNDS: Final[Mapping[str, Bound]] = {
     "anonymous_bytes": Bound(2 * MIB, 6 * MIB),
     "files": Bound(1.0, 3.0),
