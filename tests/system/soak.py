@@ -1,9 +1,9 @@
 """`python -m tests.system.soak`: a federation lives through hundreds of rounds, and nothing in it may grow.
 
 A real coordinator and four real sites work off rehearsals with a training round now and then, while two of the sites go and come by seed:
-SIGTERM or SIGKILL, away for a moment, started again. Every few rounds each process is measured (anonymous memory, open files, threads) and each data folder.
-A process's slope is taken by least squares over the second half, over all of its lives together and each about its own mean, so that a fresh
-start is no growth. The exit code is 1 where a slope exceeds its bound. Knows processes and folders; nothing of what is trained.
+SIGTERM or SIGKILL, away for a moment, started again. Every few rounds each process is measured (anonymous memory, open files, threads), and each
+data folder. A process's slope is taken by least squares over the second half, over all of its lives together and each about its own mean, so
+that a fresh start is no growth. The exit code is 1 where a slope exceeds its bound. Knows processes and folders; nothing of what is trained.
 """
 
 from __future__ import annotations
