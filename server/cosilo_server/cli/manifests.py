@@ -1,4 +1,4 @@
-"""A run's manifest as an admin may believe it: fetched, and its signature checked against the verified members list."""
+"""A run's manifest as an admin may believe it: fetched, its signature checked against the verified members list, and said in a few words."""
 
 from __future__ import annotations
 
@@ -57,3 +57,16 @@ def fetch_unsigned(coordinator: Coordinator, run: bytes) -> GetRunResponse:
             "do not trust this coordinator",
         )
     return answer
+
+
+def terms_in_words(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the sites agreed to, in a few lines."""
+    architecture, training, server = manifest.architecture, manifest.training, manifest.server_optimiser
+    ema = f", moving average {manifest.ema_decay:g}" if manifest.ema_decay else ""
+    return [
+        ("a round needs", f"{manifest.least_invited} sites (n_min {manifest.n_min}, f {manifest.f})"),
+        ("rounds at most", str(manifest.rounds_max)),
+        ("images", f"{architecture.sample_size} pixels a side, {architecture.num_classes} classes"),
+        ("training", f"{training.local_epochs} epochs of batches of {training.batch_size}, at {training.learning_rate:g}"),
+        ("server", f"{server.kind} at {server.learning_rate:g}{ema}"),
+    ]

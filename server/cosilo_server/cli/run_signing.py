@@ -26,7 +26,7 @@ def sign(seat: Seat, run: RunName, yes: Yes = False) -> None:
     from cosilo_common.manifest import PLAIN_AGGREGATION, parse_manifest, sign_manifest, verify_manifest
     from cosilo_common.rpc.v1 import admin_pb2
     from cosilo_server.cli.connection import WORK_TIMEOUT_S, connect
-    from cosilo_server.cli.manifests import fetch_unsigned
+    from cosilo_server.cli.manifests import fetch_unsigned, terms_in_words
     from cosilo_server.cli.members import fetch_members
     from cosilo_server.cli.run_names import find_run
 
@@ -51,8 +51,7 @@ def sign(seat: Seat, run: RunName, yes: Yes = False) -> None:
                 ("aggregation", manifest.aggregation),
                 ("participants", ", ".join(participant.name for participant in manifest.participants)),
                 ("revoked since", ", ".join(gone)),
-                ("a round needs", f"{manifest.least_invited} sites (n_min {manifest.n_min}, f {manifest.f})"),
-                ("rounds at most", str(manifest.rounds_max)),
+                *terms_in_words(manifest),
             ]
         )
         if manifest.aggregation == PLAIN_AGGREGATION:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from cosilo_server.cli.commands import AsJson, RunName, Seat, command, group
 from cosilo_server.cli.run_signing import sign
 from cosilo_server.cli.shapes import RunShape, run_shape
 from cosilo_server.cli.terminal import columns, fields, note, say, say_json, short, warn
-
-if TYPE_CHECKING:
-    from cosilo_common.manifest import Manifest
 
 NONCE_BYTES = 16  # PROTOCOL.md: two runs with the same values are still two runs
 
@@ -137,7 +134,7 @@ def list_runs(seat: Seat, as_json: AsJson = False) -> None:
 def show(seat: Seat, run: RunName, as_json: AsJson = False) -> None:
     """Show one run and what its signed manifest says."""
     from cosilo_server.cli.connection import connect
-    from cosilo_server.cli.manifests import fetch_manifest
+    from cosilo_server.cli.manifests import fetch_manifest, terms_in_words
     from cosilo_server.cli.run_names import find_run
 
     with connect(seat) as coordinator:
@@ -157,24 +154,11 @@ def show(seat: Seat, run: RunName, as_json: AsJson = False) -> None:
             ("aggregation", summary["aggregation"]),
             ("participants", ", ".join(summary["participants"])),
             ("parameters", str(summary["parameters"])),
-            *_terms(manifest),
+            *terms_in_words(manifest),
             ("newest weights", short(summary["checkpoint"] or "")),
             ("note", summary["note"]),
         ]
     )
-
-
-def _terms(manifest: Manifest) -> list[tuple[str, str]]:
-    """What the sites agreed to, in a few lines."""
-    architecture, training, server = manifest.architecture, manifest.training, manifest.server_optimiser
-    ema = f", moving average {manifest.ema_decay:g}" if manifest.ema_decay else ""
-    return [
-        ("a round needs", f"{manifest.least_invited} sites (n_min {manifest.n_min}, f {manifest.f})"),
-        ("rounds at most", str(manifest.rounds_max)),
-        ("images", f"{architecture.sample_size} pixels a side, {architecture.num_classes} classes"),
-        ("training", f"{training.local_epochs} epochs of batches of {training.batch_size}, at {training.learning_rate:g}"),
-        ("server", f"{server.kind} at {server.learning_rate:g}{ema}"),
-    ]
 
 
 def pause(
