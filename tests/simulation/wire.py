@@ -220,9 +220,7 @@ class Call:
             self._request(data)
             self._end_requests()
         self._task = server.process.start(self._serve(server.methods[self.method], server.process), name=f"serve {self.method}")
-        self.connection.calls[self] = (
-            None  # the site may have given it up before it came: when the connection ends, so does what runs for it
-        )
+        self.connection.calls[self] = None  # the site may have given it up already; the connection's end must still end what runs for it
         self._task.add_done_callback(lambda _: self.connection.calls.pop(self, None) if self._status is not None else None)
         if self.method == SUBMIT and self.network.drawn(RESETS * self.network.weather.cut, "calls reset while they are served"):
             self.network.loop.call_later(GONE_S * self.network.random.random(), self._reset)

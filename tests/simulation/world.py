@@ -334,15 +334,14 @@ def _in_place(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(simulated_disks())
         stack.enter_context(mock.patch.object(cosilo_common.transfer, "CHUNK_BYTES", world.scenario.chunk_bytes))
-        kept: list[tuple[Any, str, Any]] = [
-            (each, "give_back", lambda: None) for each in (closing, turns)
-        ]  # this process's memory is not a daemon's
+        # This process's memory is no daemon's.
+        kept: list[tuple[Any, str, Any]] = [(each, "give_back", lambda: None) for each in (closing, turns)]
         in_place = [
-            *kept,
             *site_module.patches(world.network),
             *sums_module.patches(world.sums),
             *world.peers.patches(),
             *signatures.patches(),
+            *kept,
         ]
         for module, name, value in in_place:
             stack.enter_context(mock.patch.object(module, name, value))
