@@ -283,6 +283,18 @@ async def test_a_run_is_refused_unless_an_admin_signed_it_for_members(world: Wor
     )
 
 
+@pytest.mark.parametrize("number", [1 << 63, (1 << 64) - 1])
+async def test_a_round_that_no_store_could_hold_is_an_unknown_one(world: World, number: int) -> None:
+    manifest = world.manifest("numbered")
+    run = await world.create(manifest)
+    for asked in (
+        world.admin.GetRoundTrace(admin_pb2.GetRoundTraceRequest(run=run, round=number), timeout=TIMEOUT_S),
+        world.admin.KeepCheckpoint(admin_pb2.KeepCheckpointRequest(run=run, round=number, name="x"), timeout=TIMEOUT_S),
+        world.admin.Sample(admin_pb2.SampleRequest(run=run, round=number, per_class=1, steps=2), timeout=TIMEOUT_S),
+    ):
+        assert f"there is no round {number}" in await details_of(asked)
+
+
 async def test_a_run_whose_signer_is_no_admin_any_more_is_signed_again(world: World) -> None:
     manifest, former = world.manifest("inherited"), make_signing_key()
     run = await world.create(manifest)

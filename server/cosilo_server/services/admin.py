@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 ROUNDS_PER_ORDER_MAX = 10_000
 WATCH_INTERVAL_S = 0.25  # a person reads no faster
 PER_CLASS_MAX = 64
+ROUND_MAX = (1 << 63) - 1  # SQLite has no larger integer
 AUDIT_LINES = 64  # in one message: 8 MiB at the most
 NAMES_NOTED = 500  # in one entry: two such lists fit a line of the audit log
 PAUSE_REASON_CHARS_MAX = 200  # a line in `cosilo run list`
@@ -175,14 +176,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def GetRoundTrace(self, request: admin_pb2.GetRoundTraceRequest, context: Context) -> admin_pb2.GetRoundTraceResponse:
         await self._gate.admin(context)
         await self._known_run(request.run, context)
+        await self._possible_round(request.round, context)
         found = await asyncio.to_thread(self._summaries.trace, request.run, request.round)
         if found is None:
-            await self._gate.abort(
-                context,
-                grpc.StatusCode.NOT_FOUND,
-                "unknown_round",
-                f"there is no round {request.round}; list them with `cosilo round list`",
-            )
+            await self._unknown_round(request.round, context)
         return found
 
     async def WatchRun(self, request: admin_pb2.WatchRunRequest, context: Context) -> AsyncIterator[admin_pb2.WatchRunResponse]:
@@ -209,6 +206,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def KeepCheckpoint(self, request: admin_pb2.KeepCheckpointRequest, context: Context) -> admin_pb2.KeepCheckpointResponse:
         peer = await self._gate.admin(context)
         await self._known_run(request.run, context)
+        await self._possible_round(request.round, context)
         try:
             asked = {"run": request.run.hex(), "round": request.round, "name": printable(request.name)[:SHOWN_CHARS]}
             async with self._audited(peer, "unkeep checkpoint" if request.leave else "keep checkpoint", **asked):
@@ -228,6 +226,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             await self._gate.abort(
                 context, grpc.StatusCode.INVALID_ARGUMENT, "bad_field", f"per_class {request.per_class} is not from 1 to {PER_CLASS_MAX}"
             )
+        await self._possible_round(request.round, context)
         wanted = None if request.newest else request.round
         try:
             async with self._audited(peer, "draw samples", run=request.run.hex(), seed=request.seed):
@@ -296,6 +295,15 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def _known_run(self, run: bytes, context: Context) -> None:
         if self._conductor.manifest(run) is None:
             await self._unknown_run(run, context)
+
+    async def _possible_round(self, number: int, context: Context) -> None:
+        if number > ROUND_MAX:
+            await self._unknown_round(number, context)
+
+    async def _unknown_round(self, number: int, context: Context) -> NoReturn:
+        await self._gate.abort(
+            context, grpc.StatusCode.NOT_FOUND, "unknown_round", f"there is no round {number}; list them with `cosilo round list`"
+        )
 
     async def _unknown_run(self, run: bytes, context: Context) -> NoReturn:
         await self._gate.abort(
