@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from sqlalchemy import ColumnElement, RowMapping, Table, bindparam, case, delete, func, select, update
+from sqlalchemy import ColumnElement, RowMapping, Table, case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from cosilo_common.database import forget_deleted, open_database, prepare_schema, reading
@@ -26,6 +26,30 @@ from cosilo_server.rounds.state import ENDED, Deadlines, Round, Terms, WeightsSt
 from cosilo_server.shelf import Shelf
 from cosilo_server.snapshot import snapshot
 from cosilo_server.spans import Spans
+from cosilo_server.store_statements import (
+    ABANDONED_SINCE_CLOSE,
+    ADD_BYTES,
+    ADD_CHECKPOINT,
+    ADD_EVENT,
+    ADD_MESSAGE,
+    ADD_STEP,
+    BEGIN_ROUND,
+    CHECKPOINT_OF,
+    CHECKPOINTS,
+    CLOSE_ROUND,
+    COUNT_CLOSED,
+    DROP_MESSAGES,
+    LAST_OUTCOME,
+    MESSAGES_OF,
+    NEWEST_CHECKPOINT,
+    NEWEST_ROUNDS,
+    NO_LIMIT,
+    ONE_ROUND,
+    OPEN_ORDER,
+    RUN,
+    RUNS,
+    SAVE_ROUND,
+)
 
 __all__ = ["Order", "Pause", "SiteSeen", "Store", "StoredCheckpoint", "StoredGrid", "StoredRound", "StoredRun", "terms_of"]
 
@@ -101,109 +125,6 @@ class StoredRound:
     outcome: str
 
 
-_RUNS = select(schema.runs, schema.paused_runs.c.admin.label("pause_admin"), schema.paused_runs.c.reason.label("pause_reason")).select_from(
-    schema.runs.outerjoin(schema.paused_runs, schema.runs.c.run == schema.paused_runs.c.run)
-)
-
-
-_CHECKPOINTS = select(
-    schema.checkpoints,
-    schema.steps.c.digest.label("step_digest"),
-    schema.steps.c.bytes.label("step_bytes"),
-    schema.steps.c.base.label("step_base"),
-).select_from(
-    schema.checkpoints.outerjoin(
-        schema.steps, (schema.checkpoints.c.run == schema.steps.c.run) & (schema.checkpoints.c.round == schema.steps.c.round)
-    )
-)
-
-NO_LIMIT: Final = -1  # as SQLite says it
-
-# What every step of a round asks and writes, made once: building such a statement takes longer than running it.
-_RUN: Final = Statement(_RUNS.where(schema.runs.c.run == bindparam("of_run")))
-_OPEN_ORDER: Final = Statement(
-    select(schema.orders)
-    .where(schema.orders.c.run == bindparam("of_run"), schema.orders.c.cancelled == 0, schema.orders.c.closed < schema.orders.c.wanted)
-    .order_by(schema.orders.c.id)
-    .limit(1)
-)
-_BEGIN_ROUND: Final = Statement(
-    insert(schema.rounds), ("run", "number", "kind", "started_at", "state", "phase", "bytes_down", "bytes_up", "outcome")
-)
-_SAVE_ROUND: Final = Statement(
-    update(schema.rounds)
-    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
-    .values(state=bindparam("to_state"), phase=bindparam("to_phase"))
-)
-_ROUNDS: Final = select(schema.rounds).where(schema.rounds.c.run == bindparam("of_run"))
-_NEWEST_ROUNDS: Final = Statement(_ROUNDS.order_by(schema.rounds.c.number.desc()).limit(bindparam("limit")))
-_ONE_ROUND: Final = Statement(_ROUNDS.where(schema.rounds.c.number == bindparam("of_number")))
-_MESSAGES_OF: Final = Statement(
-    select(schema.messages.c.digest, schema.messages.c.message).where(
-        schema.messages.c.run == bindparam("of_run"), schema.messages.c.number == bindparam("of_number")
-    )
-)
-_ABANDONED_SINCE_CLOSE: Final = Statement(
-    select(func.count().label("rounds")).where(
-        schema.rounds.c.run == bindparam("of_run"),
-        schema.rounds.c.phase == "abandoned",
-        schema.rounds.c.number
-        > select(func.coalesce(func.max(schema.rounds.c.number), 0))
-        .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.phase == "closed")
-        .scalar_subquery(),
-    )
-)
-_ADD_MESSAGE: Final = Statement(insert(schema.messages).on_conflict_do_nothing(), ("run", "number", "digest", "message"))
-_DROP_MESSAGES: Final = Statement(
-    delete(schema.messages).where(schema.messages.c.run == bindparam("of_run"), schema.messages.c.number == bindparam("of_number"))
-)
-_ADD_EVENT: Final = Statement(insert(schema.events), ("run", "number", "at", "what", "site", "phase", "attempt"))
-_CLOSE_ROUND: Final = Statement(
-    update(schema.rounds)
-    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
-    .values(state=bindparam("to_state"), phase=bindparam("to_phase"), outcome=bindparam("to_outcome"))
-)
-_ADD_STEP: Final = Statement(insert(schema.steps), ("run", "round", "digest", "bytes", "base"))
-_ADD_CHECKPOINT: Final = Statement(insert(schema.checkpoints), ("run", "round", "weights", "ema", "optimiser", "bytes", "created_at"))
-_COUNT_CLOSED: Final = Statement(
-    update(schema.orders)
-    .where(
-        schema.orders.c.id
-        == select(func.min(schema.orders.c.id))
-        .where(
-            schema.orders.c.run == bindparam("of_run"),
-            schema.orders.c.kind == bindparam("of_kind"),
-            schema.orders.c.cancelled == 0,
-            schema.orders.c.closed < schema.orders.c.wanted,
-        )
-        .scalar_subquery()
-    )
-    .values(closed=schema.orders.c.closed + 1)
-)
-_ADD_BYTES: Final = Statement(
-    update(schema.rounds)
-    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.number == bindparam("of_number"))
-    .values(bytes_down=schema.rounds.c.bytes_down + bindparam("down"), bytes_up=schema.rounds.c.bytes_up + bindparam("up"))
-)
-_LAST_OUTCOME: Final = Statement(
-    select(schema.rounds.c.outcome)
-    .where(schema.rounds.c.run == bindparam("of_run"), schema.rounds.c.kind == RoundKind.TRAIN, schema.rounds.c.phase == "closed")
-    .order_by(schema.rounds.c.number.desc())
-    .limit(1)
-)
-_NEWEST_CHECKPOINT: Final = Statement(
-    _CHECKPOINTS.where(schema.checkpoints.c.run == bindparam("of_run")).order_by(schema.checkpoints.c.round.desc()).limit(1)
-)
-_CHECKPOINT_OF: Final = Statement(
-    _CHECKPOINTS.where(
-        (schema.checkpoints.c.weights == bindparam("of_digest"))
-        | (schema.checkpoints.c.ema == bindparam("of_digest"))
-        | (schema.checkpoints.c.optimiser == bindparam("of_digest"))
-        | (schema.steps.c.digest == bindparam("of_digest"))
-    )
-)
-
-
 def terms_of(manifest: Manifest) -> Terms:
     """What the round machine needs of a manifest."""
     return Terms(
@@ -256,11 +177,11 @@ class Store(PartyStore):
     def runs(self) -> list[StoredRun]:
         """All runs, oldest first."""
         with reading(self._engine) as db:
-            rows = db.execute(_RUNS.order_by(schema.runs.c.created_at, schema.runs.c.run)).mappings().all()
+            rows = db.execute(RUNS.order_by(schema.runs.c.created_at, schema.runs.c.run)).mappings().all()
         return [self._run(row) for row in rows]
 
     def run(self, run: bytes) -> StoredRun | None:
-        row = ask_one(self._engine, _RUN, of_run=run)
+        row = ask_one(self._engine, RUN, of_run=run)
         return None if row is None else self._run(row._asdict())
 
     def sign_run(self, run: bytes, signature: bytes, signer: str) -> None:
@@ -304,7 +225,7 @@ class Store(PartyStore):
 
     def open_order(self, run: bytes) -> Order | None:
         """The oldest order that still lacks rounds."""
-        row = ask_one(self._engine, _OPEN_ORDER, of_run=run)
+        row = ask_one(self._engine, OPEN_ORDER, of_run=run)
         return None if row is None else Order(row.id, row.run, RoundKind(row.kind), row.wanted, row.closed)
 
     def wanted(self, run: bytes, kind: RoundKind) -> tuple[int, int]:
@@ -324,7 +245,7 @@ class Store(PartyStore):
         document, _ = dump(state)
         with writing(self._engine) as db:
             db.run(
-                _BEGIN_ROUND,
+                BEGIN_ROUND,
                 run=state.run,
                 number=state.number,
                 kind=state.kind,
@@ -342,12 +263,12 @@ class Store(PartyStore):
         document, blobs = dump(state)
         with writing(self._engine) as db:
             if state.phase in ENDED:
-                db.run(_DROP_MESSAGES, of_run=state.run, of_number=state.number)
+                db.run(DROP_MESSAGES, of_run=state.run, of_number=state.number)
             else:
                 stored = self._messages_of(state)
                 rows = [{"run": state.run, "number": state.number, "digest": d, "message": m} for d, m in blobs.items() if d not in stored]
-                db.run_many(_ADD_MESSAGE, rows)
-            db.run(_SAVE_ROUND, of_run=state.run, of_number=state.number, to_state=document, to_phase=state.phase)
+                db.run_many(ADD_MESSAGE, rows)
+            db.run(SAVE_ROUND, of_run=state.run, of_number=state.number, to_state=document, to_phase=state.phase)
             self._add_event(db, state, what, site)
         self._messages[state.run] = (state.number, frozenset(blobs))
         if state.phase in ENDED:
@@ -362,41 +283,41 @@ class Store(PartyStore):
         """In one transaction: the round closes, its outcome stands, its checkpoint is the newest, and its order has one round less to go."""
         document, _ = dump(state)
         with writing(self._engine) as db:
-            db.run(_CLOSE_ROUND, of_run=state.run, of_number=state.number, to_state=document, to_phase=state.phase, to_outcome=outcome)
-            db.run(_DROP_MESSAGES, of_run=state.run, of_number=state.number)
+            db.run(CLOSE_ROUND, of_run=state.run, of_number=state.number, to_state=document, to_phase=state.phase, to_outcome=outcome)
+            db.run(DROP_MESSAGES, of_run=state.run, of_number=state.number)
             if checkpoint is not None:
-                db.run(_ADD_CHECKPOINT, **_checkpoint_row(checkpoint))
+                db.run(ADD_CHECKPOINT, **_checkpoint_row(checkpoint))
             if checkpoint is not None and (step := checkpoint.step) is not None:
-                db.run(_ADD_STEP, run=checkpoint.run, round=checkpoint.round, digest=step.digest, bytes=step.bytes, base=step.base)
-            db.run(_COUNT_CLOSED, of_run=state.run, of_kind=state.kind)
+                db.run(ADD_STEP, run=checkpoint.run, round=checkpoint.round, digest=step.digest, bytes=step.bytes, base=step.base)
+            db.run(COUNT_CLOSED, of_run=state.run, of_kind=state.kind)
             self._add_event(db, state, "closed", "")
         forget_deleted(self._engine)
 
     def add_bytes(self, run: bytes, number: int, down: int, up: int) -> None:
         """Adds to what a round transferred."""
         with writing(self._engine) as db:
-            db.run(_ADD_BYTES, of_run=run, of_number=number, down=down, up=up)
+            db.run(ADD_BYTES, of_run=run, of_number=number, down=down, up=up)
 
     def newest_round(self, run: bytes) -> StoredRound | None:
         """The run's round with the highest number."""
-        return next(iter(self._rounds(run, _NEWEST_ROUNDS, limit=1)), None)
+        return next(iter(self._rounds(run, NEWEST_ROUNDS, limit=1)), None)
 
     def rounds(self, run: bytes, newest: int | None = None) -> list[StoredRound]:
         """A run's rounds, oldest first. newest: no more than so many, the last ones."""
-        return self._rounds(run, _NEWEST_ROUNDS, limit=NO_LIMIT if newest is None else newest)[::-1]
+        return self._rounds(run, NEWEST_ROUNDS, limit=NO_LIMIT if newest is None else newest)[::-1]
 
     def round(self, run: bytes, number: int) -> StoredRound | None:
         """One round of a run."""
-        return next(iter(self._rounds(run, _ONE_ROUND, of_number=number)), None)
+        return next(iter(self._rounds(run, ONE_ROUND, of_number=number)), None)
 
     def last_training_outcome(self, run: bytes) -> str:
         """The outcome of the run's last closed training round, JSON; empty where there is none."""
-        row = ask_one(self._engine, _LAST_OUTCOME, of_run=run)
+        row = ask_one(self._engine, LAST_OUTCOME, of_run=run)
         return "" if row is None else str(row.outcome)
 
     def abandoned_since_close(self, run: bytes) -> int:
         """How many rounds were abandoned since the last that closed."""
-        return int(ask_one(self._engine, _ABANDONED_SINCE_CLOSE, of_run=run).rounds)
+        return int(ask_one(self._engine, ABANDONED_SINCE_CLOSE, of_run=run).rounds)
 
     def last_phase(self, run: bytes, number: int) -> str:
         """The phase in which a round stood last before it ended; empty where it is not known."""
@@ -418,14 +339,14 @@ class Store(PartyStore):
         with asking(self._engine) as db:
             rows = [row._asdict() for row in db.ask(statement, of_run=run, **which)]
             live = [row["number"] for row in rows if row["phase"] not in ENDED]
-            found = [each for number in live for each in db.ask(_MESSAGES_OF, of_run=run, of_number=number)]
+            found = [each for number in live for each in db.ask(MESSAGES_OF, of_run=run, of_number=number)]
         blobs = {each.digest: each.message for each in found}
         terms = terms_of(stored.manifest)
         return [_stored_round(row, terms, blobs if row["phase"] not in ENDED else _Forgotten()) for row in rows]
 
     def _add_event(self, db: Transaction, state: Round, what: str, site: str) -> None:
         named = {"run": state.run, "number": state.number, "phase": state.phase, "attempt": state.attempt}
-        db.run(_ADD_EVENT, **named, at=self._now(), what=what, site=site)
+        db.run(ADD_EVENT, **named, at=self._now(), what=what, site=site)
 
     # --- checkpoints ---
 
@@ -433,16 +354,16 @@ class Store(PartyStore):
         """A run's checkpoints, oldest first."""
         c = schema.checkpoints
         with reading(self._engine) as db:
-            rows = db.execute(_CHECKPOINTS.where(c.c.run == run).order_by(c.c.round)).mappings().all()
+            rows = db.execute(CHECKPOINTS.where(c.c.run == run).order_by(c.c.round)).mappings().all()
         return [_checkpoint(row) for row in rows]
 
     def newest_checkpoint(self, run: bytes) -> StoredCheckpoint | None:
-        row = ask_one(self._engine, _NEWEST_CHECKPOINT, of_run=run)
+        row = ask_one(self._engine, NEWEST_CHECKPOINT, of_run=run)
         return None if row is None else _checkpoint(row._asdict())
 
     def checkpoint_of(self, weights: bytes) -> list[StoredCheckpoint]:
         """Checkpoints whose weights, ema or optimiser artifact, or the step to which, has this digest."""
-        return [_checkpoint(row._asdict()) for row in ask(self._engine, _CHECKPOINT_OF, of_digest=weights)]
+        return [_checkpoint(row._asdict()) for row in ask(self._engine, CHECKPOINT_OF, of_digest=weights)]
 
     # --- grids ---
 

@@ -11,7 +11,7 @@ import pytest
 from cosilo_common.identity.keys import make_signing_key, public_bytes
 from cosilo_common.identity.members import sign_members
 from cosilo_common.identity.names import Role
-from cosilo_common.manifest import verify_manifest
+from cosilo_common.manifest import parse_manifest, verify_manifest
 from cosilo_common.rpc.v1 import admin_pb2, site_pb2
 from cosilo_common.weights import TensorTable
 from cosilo_server.cli import torch_work
@@ -182,7 +182,7 @@ def test_run_sign_vouches_for_a_run_whose_signer_is_no_admin_any_more(
 
 
 @pytest.mark.usefixtures("nobody", "small_table")
-def test_run_sign_refuses_participants_that_are_no_members_by_that_key(
+def test_run_sign_refuses_what_a_coordinator_made_up(
     cosilo: Run, own: Founded, script: Script, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A coordinator that makes up a run, with sites of its own in it, gets no signature for it."""
@@ -199,6 +199,11 @@ def test_run_sign_refuses_participants_that_are_no_members_by_that_key(
     script.members = sign_members(script.members, readmitted, own.admin.peer.name, own.admin_key)
     assert cosilo("run", "sign", "digits-2", "--yes") == 1
     assert f"participant {SITES[0]} is no member by the key in the manifest" in capsys.readouterr().err
+    elsewhere = parse_manifest(answer.manifest).model_copy(update={"federation": "south-star"})
+    script.manifests[elsewhere.digest()] = site_pb2.GetRunResponse(manifest=elsewhere.canonical(), signature=bytes(64), signer="bob")
+    script.runs = [summary(run=elsewhere.digest(), name="digits-2")]
+    assert cosilo("run", "sign", "digits-2", "--yes") == 1
+    assert "is of federation 'south-star'" in capsys.readouterr().err
     assert not any(isinstance(each, admin_pb2.CreateRunRequest) for each in script.heard[asked:])
 
 

@@ -59,7 +59,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             if not scheduled:
                 raise Stalled("nothing is scheduled: every task waits for another")
             if scheduled[0]._when > self._now:
-                self._now += scheduled[0]._when - self._now
+                self._now += scheduled[0]._when - self._now  # by the base's sum: its last bit is in every history
                 self._since_moved = 0
         if self._since_moved > STALL_CALLBACKS_MAX:
             raise Stalled(f"{self._since_moved} callbacks ran at {self._now:.3f} s and the clock did not move")

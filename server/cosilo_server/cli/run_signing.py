@@ -35,6 +35,8 @@ def sign(seat: Seat, run: RunName, yes: Yes = False) -> None:
         answer = fetch_unsigned(coordinator, found)
         manifest = parse_manifest(answer.manifest)
         members, federation = fetch_members(coordinator), coordinator.identity.peer.federation
+        if manifest.federation != federation:
+            raise CosiloError("sign run", f"{short(found)} is of federation {manifest.federation!r}", "do not trust this coordinator")
         try:
             _, signer = verify_manifest(answer.manifest, answer.signature, members.admins(), federation)
         except CosiloError:
