@@ -42,6 +42,7 @@ from cosilo_common.rpc.v1 import site_pb2
 from cosilo_common.threads import in_thread
 from cosilo_common.transfer import FileSink, FileSource
 from cosilo_server.artifacts import Artifacts
+from cosilo_server.membership import Removal
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.state import Phase
 from cosilo_server.services.downloads import DownloadNotes, send_artifact
@@ -220,7 +221,7 @@ async def _serve(folder: Path, tls: TlsFiles) -> None:
     copy = folder / "artifacts" / "copy"
     os.link(folder / "source", copy)
     artifacts.put_file(copy)
-    gate = Gate(FEDERATION, lambda _: True, metrics)
+    gate = Gate(FEDERATION, lambda _: True, lambda _: Removal.NOTHING, metrics)
     desk = _Desk(rounds, rounds, Spool(folder / "spool"), metrics)
     turns = Turns()
     notes = DownloadNotes(lambda *_, **__: None)

@@ -218,7 +218,7 @@ class Coordinator:
         self._members.on_change(announce)
         self._rotation.on_change(announce)
         desk = EnrolmentDesk(self._authority, StoredInvitations(self._store), self._members)
-        gate = Gate(config.federation, self._members.is_member, self.metrics, self._certificates, self._members.was_removed)
+        gate = Gate(config.federation, self._members.is_member, self._members.removal, self.metrics, self._certificates)
         ca = CaDesk(self._rotation, self._authority, self._certificates, self._members)
         uploads = UploadDesk(self.conductor, self._store, self._spool, self.metrics)
         registry = RunRegistry(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from enum import Enum
 
 from cosilo_common.errors import CosiloError
 from cosilo_common.identity.documents import parse_document
@@ -26,6 +27,14 @@ def check_not_far_ahead(operation: str, offered: int, known: int) -> None:
     """Raises CosiloError where a document's version leaves too many out."""
     if offered > known + AHEAD_MAX:
         raise CosiloError(operation, f"version {offered} is {offered - known} versions ahead of {known}", "find out which admin signed it")
+
+
+class Removal(Enum):
+    """What an admin revoked of somebody who is no member; NAME: the name that it bears, with keys that were never a member's."""
+
+    NOTHING = "nothing"
+    NAME = "name"
+    KEYS = "keys"
 
 
 class StoredMembers:
@@ -75,9 +84,13 @@ class StoredMembers:
         enrolled = self._store.enrolled_with(peer.key_digest)
         return not enrolled or (entry.role.value, entry.name, entry.key) in enrolled
 
-    def was_removed(self, name: str) -> bool:
-        """Whether an admin revoked this name, and nobody has readmitted it."""
-        return name in self._newest.list.removed
+    def removal(self, peer: Peer) -> Removal:
+        """What an admin revoked of this peer, and nobody has readmitted."""
+        if peer.name.name not in self._newest.list.removed:
+            return Removal.NOTHING
+        enrolled = self._store.enrolled_with(peer.key_digest)
+        fresh = enrolled and not any(self._store.was_member(key) for _, _, key in enrolled)
+        return Removal.NAME if fresh else Removal.KEYS
 
     def has_site(self, name: str, key: bytes) -> bool:
         """Whether a site of this name and Ed25519 key (32 bytes) is a member and did not leave."""

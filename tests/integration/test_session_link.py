@@ -10,6 +10,7 @@ import time
 from typing import Any, Final
 
 import pytest
+import structlog
 
 from cosilo_client.config import NetworkTable
 from cosilo_common.identity.tls import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, PING_INTERVAL_MIN_MS, client_options, server_options
@@ -82,10 +83,12 @@ async def test_a_stalled_transfer_is_begun_again_at_its_offset(
     await until(lambda: session.state()[0], LIMIT_S)
     before, moved = link.relay.carried[Direction.DOWN], list[int]()
     link.relay.fault_at(Direction.DOWN, HANDSHAKE_BYTES + (3 << 20), Fault.STALL)
-    fetching = asyncio.create_task(session.fetch(due, True, moved.append))
-    await until(lambda: link.relay.fault is Fault.STALL, LIMIT_S)
-    stood = link.relay.carried[Direction.DOWN]
-    await asyncio.sleep(2.5)  # the stall itself: longer than this site's patience, and over long before the next try's
+    with structlog.testing.capture_logs() as said:
+        fetching = asyncio.create_task(session.fetch(due, True, moved.append))
+        await until(lambda: link.relay.fault is Fault.STALL, LIMIT_S)
+        stood = link.relay.carried[Direction.DOWN]
+        # until this site's patience is over, and the next try's has just begun
+        await until(lambda: any(entry["event"] == "call failed: trying again" for entry in said), LIMIT_S)
     assert link.relay.carried[Direction.DOWN] == stood
     link.relay.set_fault(Fault.NONE)
     assert (await asyncio.wait_for(fetching, LIMIT_S)).read_bytes() == data

@@ -17,7 +17,7 @@ from cosilo_common.identity.keys import make_signing_key, make_tls_key, public_b
 from cosilo_common.identity.members import MembersList, sign_members
 from cosilo_common.identity.names import Peer, PeerName, Role, peer_from_certificate
 from cosilo_server.enrolment import AttemptLimit, EnrolmentDesk, OpenInvitation
-from cosilo_server.membership import StoredInvitations, StoredMembers
+from cosilo_server.membership import Removal, StoredInvitations, StoredMembers
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.services.gate import Gate
 from cosilo_server.store import Store
@@ -57,7 +57,7 @@ class Room:
         """The gate of a coordinator that was restarted."""
         store = Store(Path(str(self.store._engine.url.database)))
         members = StoredMembers(store, FEDERATION, self.founded.members.canonical())
-        return Gate(FEDERATION, members.is_member, CoordinatorMetrics())
+        return Gate(FEDERATION, members.is_member, members.removal, CoordinatorMetrics())
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def room(tmp_path: Path) -> Room:
     store = Store(tmp_path / "state.db")
     members = StoredMembers(store, FEDERATION, founded.members.canonical())
     desk = EnrolmentDesk(founded.authority, StoredInvitations(store), members, AttemptLimit(attempts_max=100))
-    return Room(founded, store, members, desk, Gate(FEDERATION, members.is_member, CoordinatorMetrics()))
+    return Room(founded, store, members, desk, Gate(FEDERATION, members.is_member, members.removal, CoordinatorMetrics()))
 
 
 @pytest.mark.parametrize("role", [Role.SITE, Role.ADMIN])
@@ -105,14 +105,27 @@ def test_a_certificate_from_before_a_readmission_opens_nothing(room: Room) -> No
 def test_who_was_revoked_is_told_a_new_name_and_not_to_be_approved(room: Room) -> None:
     peer, key = room.enrol("st-anna")
     room.approve("st-anna", key)
-    assert not room.members.was_removed("st-anna")
+    assert room.members.removal(peer) is Removal.NOTHING
     room.sign(room.members.newest().draft().remove("st-anna"))
-    assert room.members.was_removed("st-anna")
-    gate = Gate(FEDERATION, room.members.is_member, CoordinatorMetrics(), was_removed=room.members.was_removed)
-    assert gate.no_member(peer) == (
+    assert room.members.removal(peer) is Removal.KEYS
+    assert room.gate.no_member(peer) == (
         f"site st-anna was revoked in {FEDERATION}; it comes back with new keys under a new name: "
         "an admin runs `cosilo site invite st-anna-2 --out FILE`"
     )
+
+
+def test_who_waits_to_be_readmitted_is_told_so(room: Room) -> None:
+    revoked, key = room.enrol("st-anna")
+    room.approve("st-anna", key)
+    room.sign(room.members.newest().draft().remove("st-anna"))
+    peer, again = room.enrol("st-anna")
+    assert (room.members.removal(peer), room.members.removal(revoked)) == (Removal.NAME, Removal.KEYS)
+    assert room.gate.no_member(peer) == (
+        f"site st-anna was revoked in {FEDERATION}, and enrolled again with new keys; "
+        "an admin gives it the name back with `cosilo site approve st-anna --readmit`"
+    )
+    room.approve("st-anna", again, readmit=True)
+    assert (room.members.removal(peer), room.gate.still_member(peer)) == (Removal.NOTHING, True)
 
 
 def test_a_name_in_another_role_is_no_member(room: Room) -> None:

@@ -26,6 +26,7 @@ from cosilo_server.artifacts import Artifacts
 from cosilo_server.closing import RoundCloser, RoundOutcome, Step, untrained_checkpoint
 from cosilo_server.conductor import Conductor
 from cosilo_server.config import Limits
+from cosilo_server.membership import Removal
 from cosilo_server.metrics import CoordinatorMetrics
 from cosilo_server.rounds.events import Event
 from cosilo_server.rounds.state import Round
@@ -181,7 +182,7 @@ class CoordinatorParty:
         closer.watch = conductor.witness = self.watch
         self.conductor = conductor
         members: Any = _Members()
-        gate = _Gate(FEDERATION, lambda *_: True, metrics)
+        gate = _Gate(FEDERATION, lambda _: True, lambda _: Removal.NOTHING, metrics)
         uploads = UploadDesk(conductor, store, spool, metrics)
         service = SiteService(
             gate=gate,

@@ -19,6 +19,7 @@ from cosilo_common.identity.names import Peer, Role, peer_from_certificate
 from cosilo_common.secagg.violation import ProtocolViolation
 from cosilo_common.transfer import Refusal, TransferError
 from cosilo_server.certificates import RETIRED_WORDS, CertificateBook
+from cosilo_server.membership import Removal
 from cosilo_server.metrics import CoordinatorMetrics
 
 log = structlog.get_logger(__name__)
@@ -39,7 +40,7 @@ _TRANSFER_STATUS = {
 class Gate:
     """Checks each caller's certificate against the federation and its members.
 
-    is_member(peer) answers from the newest members list, and was_removed(name) whether a name that is none was one;
+    is_member(peer) answers from the newest members list, and removal(peer) what was revoked of one who is none;
     certificates, where given, judge by the trust document and keep what was shown. TLS has already checked the chain.
     """
 
@@ -47,12 +48,12 @@ class Gate:
         self,
         federation: str,
         is_member: Callable[[Peer], bool],
+        removal: Callable[[Peer], Removal],
         metrics: CoordinatorMetrics,
         certificates: CertificateBook | None = None,
-        was_removed: Callable[[str], bool] | None = None,
     ) -> None:
         self._federation = federation
-        self._was_removed = was_removed
+        self._removal = removal
         self._is_member = is_member
         self._metrics = metrics
         self._certificates = certificates
@@ -145,11 +146,19 @@ class Gate:
     def no_member(self, peer: Peer) -> str:
         """Why, and the next thing to do: who was revoked is not approved again with the keys that it has."""
         role, name = peer.name.role, peer.name.name
-        if self._was_removed is not None and self._was_removed(name):
-            return (
-                f"{peer.name} was revoked in {self._federation}; it comes back with new keys under a new name: "
-                f"an admin runs `cosilo {role} invite {name}-2 --out FILE`"
-            )
+        match self._removal(peer):
+            case Removal.KEYS:
+                return (
+                    f"{peer.name} was revoked in {self._federation}; it comes back with new keys under a new name: "
+                    f"an admin runs `cosilo {role} invite {name}-2 --out FILE`"
+                )
+            case Removal.NAME:
+                return (
+                    f"{peer.name} was revoked in {self._federation}, and enrolled again with new keys; "
+                    f"an admin gives it the name back with `cosilo {role} approve {name} --readmit`"
+                )
+            case Removal.NOTHING:
+                pass
         return f"{peer.name} is not a member of {self._federation}; an admin adds it with `cosilo {role} approve {name}`"
 
     async def abort(self, context: Context, code: grpc.StatusCode, reason: str, detail: str) -> NoReturn:
