@@ -14,6 +14,7 @@ from cosilo_client.data import LocalImages
 from cosilo_common.diffusion.presets import preset
 from cosilo_common.diffusion.specification import Architecture, Preset, Training
 from cosilo_common.errors import CosiloError
+from cosilo_common.weights import TensorTable
 from cosilo_server.cli.run_file import RunFile
 from tests.federation.toml_files import to_toml
 
@@ -56,13 +57,20 @@ def scenario(tmp_path: Path) -> Scenario:
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
-def test_every_committed_scenario_parses_and_each_arm_is_a_run_file(path: Path, tmp_path: Path) -> None:
+def test_every_committed_scenario_parses_and_each_arm_makes_a_manifest(path: Path, tmp_path: Path) -> None:
     scenario = read_scenario(path)
     assert scenario.name == path.stem
+    keys = {f"site-{k}": bytes([k]) * 32 for k in range(scenario.split.sites)}
+    table = TensorTable((("weight", (3, 2)),))
     for arm in scenario.arm:
         plan = tmp_path / f"{arm.name}.toml"
         plan.write_text(to_toml(scenario.plan(arm, 0)), encoding="utf-8")
-        assert RunFile(plan).recipe.training.seed == 0
+        file = RunFile(plan)
+        assert file.recipe.training.seed == 0
+        if arm.mode == "federated":
+            manifest = file.manifest("chest", keys, table, bytes(16))
+            assert manifest.secure
+            assert len(manifest.participants) == scenario.split.sites
 
 
 def test_an_arm_overrides_single_values_and_the_seed_is_the_trainings(scenario: Scenario) -> None:
