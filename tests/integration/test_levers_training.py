@@ -46,9 +46,12 @@ def anchored_loop(start: np.ndarray, data: DeviceImages, training: Training, see
 @pytest.mark.parametrize("late", [0.0, 0.3])
 def test_the_anchor_holds_late_timesteps_to_the_global_models_predictions(start: np.ndarray, data: DeviceImages, late: float) -> None:
     training = Training(batch_size=8, learning_rate=1e-2, anchor_mu=2.0, anchor_from=late)
-    result = trained(start, data, training)
-    np.testing.assert_allclose(result, anchored_loop(start, data, training), rtol=0, atol=2e-6)
-    assert not np.allclose(result, trained(start, data, training.model_copy(update={"anchor_mu": 0.0})), atol=1e-3)
+    result, loop = trained(start, data, training), anchored_loop(start, data, training)
+    free = trained(start, data, training.model_copy(update={"anchor_mu": 0.0}))
+    # As a share of what was moved: Adam makes whole steps of gradients that are rounding alone, and another processor rounds otherwise.
+    moved = float(np.linalg.norm(loop - start))
+    assert np.linalg.norm(result - loop) < 1e-3 * moved
+    assert np.linalg.norm(free - loop) > 0.1 * moved
 
 
 def test_an_anchor_that_no_timestep_reaches_changes_no_bit(start: np.ndarray, data: DeviceImages) -> None:
