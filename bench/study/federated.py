@@ -67,7 +67,8 @@ class FederatedCell:
         self._raw = raw
         self._note = folder / "cell.json"
         trainer: dict[str, Toml] = {"device": "cpu", "threads": 1, **({"idle_s": FEW_IDLE_S} if len(sites) > WARM_SITES_MAX else {})}
-        specs = [SiteSpec(name, _data_table(config), trainer=trainer) for name, config in sites.items()]
+        policy: dict[str, Toml] = {"f_min": plan["f"]} if "f" in plan else {}  # each site's consent to what the scenario asks for
+        specs = [SiteSpec(name, _data_table(config), policy, trainer=trainer) for name, config in sites.items()]
         self._federation = LocalFederation(folder / "federation", specs, name="study", threads=1)
 
     def train(self, points: list[int], on_checkpoint: OnCheckpoint) -> list[RoundFigures]:
