@@ -84,12 +84,20 @@ class StoredMembers:
         enrolled = self._store.enrolled_with(peer.key_digest)
         return not enrolled or (entry.role.value, entry.name, entry.key) in enrolled
 
+    def was_removed(self, name: str, key: bytes) -> bool:
+        """Whether an admin revoked this name, which nobody has readmitted, and it was this Ed25519 key's. Reads every list that is stored.
+
+        A removed name may come back under a key that no list ever had, if an admin readmits it; the key that was removed may not.
+        """
+        return name in self._newest.list.removed and self._store.was_member(key)
+
     def removal(self, peer: Peer) -> Removal:
-        """What an admin revoked of this peer, and nobody has readmitted."""
-        if peer.name.name not in self._newest.list.removed:
+        """What an admin revoked of this peer, and nobody has readmitted. Reads as `was_removed` does: not for an event loop."""
+        name = peer.name.name
+        if name not in self._newest.list.removed:
             return Removal.NOTHING
         enrolled = self._store.enrolled_with(peer.key_digest)
-        fresh = enrolled and not any(self._store.was_member(key) for _, _, key in enrolled)
+        fresh = enrolled and not any(self.was_removed(name, key) for _, _, key in enrolled)
         return Removal.NAME if fresh else Removal.KEYS
 
     def has_site(self, name: str, key: bytes) -> bool:

@@ -40,7 +40,7 @@ _TRANSFER_STATUS = {
 class Gate:
     """Checks each caller's certificate against the federation and its members.
 
-    is_member(peer) answers from the newest members list, and removal(peer) what was revoked of one who is none;
+    is_member(peer) answers from the newest members list, and removal(peer), in a thread, what was revoked of one who is none;
     certificates, where given, judge by the trust document and keep what was shown. TLS has already checked the chain.
     """
 
@@ -133,12 +133,8 @@ class Gate:
         if self._retired(peer):
             await self.abort(context, grpc.StatusCode.UNAUTHENTICATED, "retired_ca", f"{peer.name}: {RETIRED_WORDS}")
         if not self._is_member(peer):
-            await self.abort(
-                context,
-                grpc.StatusCode.PERMISSION_DENIED,
-                "not_a_member",
-                self.no_member(peer),
-            )
+            why = await asyncio.to_thread(self.no_member, peer)
+            await self.abort(context, grpc.StatusCode.PERMISSION_DENIED, "not_a_member", why)
         if self._certificates is not None and self._certificates.is_new(peer):
             await asyncio.to_thread(self._certificates.note, peer)
         return peer

@@ -161,8 +161,7 @@ class Summaries:
             return "expired" if now > expires_unix_s else "invited"
         if entry is not None and entry.role.value == role and entry.key == signing_key:
             return "left" if role == Role.SITE.value and self._store.left_at(name, signing_key) else "member"
-        # A name that was removed may come back under a key that no list ever had, if an admin readmits it; the key that was removed may not.
-        return "revoked" if name in members.list.removed and self._store.was_member(signing_key) else "enrolled"
+        return "revoked" if self._members.was_removed(name, signing_key) else "enrolled"
 
     def _run(self, stored: StoredRun) -> admin_pb2.RunSummary:
         wanted, closed = self._store.wanted(stored.run, RoundKind.TRAIN)
